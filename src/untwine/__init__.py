@@ -1,0 +1,22 @@
+"""untwine: diffusion transformers trained, sampled, controlled, accelerated, compressed and evaluated from one core.
+
+Importing this package imports neither torch nor diffusers; names resolve when they are first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+_LAZY = {
+    "load": "untwine.pipelines.loading",
+    "sample": "untwine.pipelines.loading",
+    "from_official": "untwine.integrations.official",
+    "Trainer": "untwine.training.trainer",
+}
+__all__ = ["Trainer", "__version__", "from_official", "load", "sample"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'untwine' has no attribute {name!r}")

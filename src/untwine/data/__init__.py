@@ -1,0 +1,11 @@
+"""Data sets, and the resumable order in which training reads them."""
+
+from untwine.registry import Registry
+
+datasets = Registry(
+    "dataset",
+    {
+        "digits": "untwine.data.digits:Digits",
+        "folder": "untwine.data.folder:ImageFolder",
+    },
+)

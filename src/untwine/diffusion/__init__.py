@@ -1,0 +1,31 @@
+"""The mathematics of diffusion and flow models: paths, time, solvers, guidance, sampling. Plain torch, no modules."""
+
+from untwine.registry import Registry
+
+paths = Registry(
+    "path",
+    {
+        "linear": "untwine.diffusion.paths:LinearPath",
+        "cosine": "untwine.diffusion.paths:CosinePath",
+        "vp": "untwine.diffusion.paths:VPPath",
+        "discrete": "untwine.diffusion.paths:DiscretePath",
+    },
+)
+time_draws = Registry(
+    "time draw",
+    {
+        "uniform": "untwine.diffusion.timesteps:UniformTime",
+        "logit_normal": "untwine.diffusion.timesteps:LogitNormalTime",
+        "truncated_normal": "untwine.diffusion.timesteps:TruncatedNormalTime",
+    },
+)
+solvers = Registry(
+    "solver",
+    {
+        "euler": "untwine.diffusion.solvers:Euler",
+        "heun": "untwine.diffusion.solvers:Heun",
+        "adams_bashforth": "untwine.diffusion.solvers:AdamsBashforth",
+        "ddim": "untwine.diffusion.solvers:DDIM",
+        "ddpm": "untwine.diffusion.solvers:AncestralDDPM",
+    },
+)

@@ -1,0 +1,186 @@
+"""The one sampling driver. It owns the loop, cancellation, the encoder refreshes and what each evaluation is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from untwine.contracts import Condition, Prediction, StepInfo
+from untwine.diffusion.draws import Draws
+from untwine.diffusion.guidance import Branch, Guided, Interval, classifier_free
+from untwine.diffusion.paths import LinearPath, Path
+from untwine.diffusion.solvers import Euler, Solver
+from untwine.diffusion.timesteps import TimeGrid, discrete_grid
+
+Denoise = Callable[[Tensor, Tensor, StepInfo], Prediction]
+"""(x, t, at) -> Prediction; t is a host float64 scalar"""
+
+
+class Cancelled(Exception):
+    """Sampling was stopped by ``on_step``; ``step`` is the last finished one."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"sampling was cancelled after step {step}")
+        self.step = step
+
+
+def integrate(
+    solver: Solver,
+    denoise: Denoise,
+    x: Tensor,
+    grid: Tensor,
+    *,
+    path: Path,
+    noise: Callable[[StepInfo], Tensor] | None = None,
+    refresh: Collection[int] | None = None,
+    project: Callable[[Tensor, StepInfo], Tensor] | None = None,
+    on_step: Callable[[StepInfo, Tensor], bool | None] | None = None,
+    start: int = 0,
+    stop: int | None = None,
+) -> Tensor:
+    """Carries x (B, C, *grid) from ``grid[start]`` to ``grid[stop]``.
+
+    Args:
+        denoise: a network with its guidance, e.g. :class:`~untwine.diffusion.guidance.Guided`.
+        grid: (S + 1,) float64 host times; falling for generation, rising for inversion.
+        noise: fresh noise for stochastic solvers, a function of (step, stage).
+        refresh: steps at whose first evaluation a decoupled backbone recomputes its encoder state; None = at every
+            evaluation. ``start`` must be among them.
+        project: rewrites given parts of x after each step (known pixels, first frames).
+        on_step: hears each finished step; returning False raises :class:`Cancelled`.
+    """
+    num_steps = len(grid) - 1
+    stop = num_steps if stop is None else stop
+    if not 0 <= start <= stop <= num_steps:
+        raise ValueError(f"start and stop must satisfy 0 <= start <= stop <= {num_steps}, got {start}, {stop}")
+    if noise is None and solver.stochastic:
+        raise ValueError(f"{type(solver).__name__} is stochastic: pass noise, a function of StepInfo")
+    told = _itinerary(solver, grid, _check_refresh(refresh, start, num_steps), start, stop)
+    memory = solver.init(x)
+    for i in range(start, stop):
+
+        def evaluate(x: Tensor, t: Tensor, stage: int, i: int = i) -> Prediction:
+            return denoise(x, t, told[i, stage])
+
+        def step_noise(stage: int, i: int = i) -> Tensor:
+            assert noise is not None
+            return noise(StepInfo(i, stage, num_steps))
+
+        x, memory = solver.step(evaluate, x, memory, i, grid, path, step_noise)
+        at = StepInfo(i, 0, num_steps, refresh is None or i in refresh)
+        if project is not None:
+            x = project(x, at)
+        if on_step is not None and on_step(at, x) is False:
+            raise Cancelled(i)
+    return x
+
+
+def _check_refresh(refresh: Collection[int] | None, start: int, num_steps: int) -> Collection[int] | None:
+    if refresh is None:
+        return None
+    if wrong := [i for i in refresh if not 0 <= i < num_steps]:
+        raise ValueError(f"refresh names steps {sorted(wrong)[:5]} outside [0, {num_steps - 1}]")
+    if start not in refresh:
+        raise ValueError(f"refresh must contain the first step, {start}: there is no state before it")
+    return refresh
+
+
+def _itinerary(
+    solver: Solver, grid: Tensor, refresh: Collection[int] | None, start: int, stop: int
+) -> dict[tuple[int, int], StepInfo]:
+    """What each evaluation (step, stage) is told; a refresh also hears which evaluations its state will serve."""
+    stops = [(i, stage, t) for i in range(start, stop) for stage, t in solver.evaluations(i, grid)]
+    fresh = []
+    for k, (i, _, _) in enumerate(stops):
+        opens_step = k == 0 or stops[k - 1][0] != i
+        fresh.append(refresh is None or (opens_step and i in refresh))
+    bounds = [k for k, is_fresh in enumerate(fresh) if is_fresh] + [len(stops)]
+    served = {a: tuple(stops[a:b]) for a, b in zip(bounds, bounds[1:])}
+    return {
+        (i, stage): StepInfo(i, stage, len(grid) - 1, fresh[k], served.get(k, ()))
+        for k, (i, stage, _) in enumerate(stops)
+    }
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: everything that, with a seed, determines an image."""
+
+    solver: Solver = field(default_factory=Euler)
+    num_inference_steps: int = 50
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    """(low, high) in untwine's time, open ends; None = everywhere. DDT's published (0.3, 1) is (0, 0.7)"""
+    shift: float = 1.0
+    last_step: float | None = None
+    refresh_every: int = 1
+    """recompute the encoder state of a decoupled backbone every so many steps"""
+    modulation_budget_mib: int = 1024
+    """memory that cached decoder modulations may take"""
+
+    def __post_init__(self) -> None:
+        self.weights(conditional=True)
+        TimeGrid(self.num_inference_steps, self.shift, self.last_step)
+        if not 1 <= self.refresh_every <= self.num_inference_steps:
+            raise ValueError(
+                f"refresh_every must be within [1, num_inference_steps = {self.num_inference_steps}], "
+                f"got {self.refresh_every}"
+            )
+
+    def grid(self, path: Path) -> Tensor:
+        """The times: a chain of discrete levels is respaced, anything else walks :class:`TimeGrid`."""
+        num_timesteps = getattr(path, "num_timesteps", None)
+        if num_timesteps is not None:
+            return discrete_grid(num_timesteps, self.num_inference_steps)
+        return TimeGrid(self.num_inference_steps, self.shift, self.last_step).times()
+
+    def weights(self, *, conditional: bool) -> Callable[[StepInfo, float], dict[str, float]]:
+        interval = None if self.guidance_interval is None else Interval(*self.guidance_interval)
+        guided = classifier_free(self.guidance_scale, interval)
+        return guided if conditional else (lambda at, t: {"cond": 1.0})  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def sample(
+    model,
+    condition: Condition,
+    shape: tuple[int, ...],
+    index: Tensor,
+    *,
+    draws: Draws,
+    sampling: Sampling | None = None,
+    path: Path | None = None,
+    refresh: Collection[int] | None = None,
+    on_step: Callable[[StepInfo, Tensor], bool | None] | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Guided]:
+    """Latents (B, *shape) of the images ``index`` (B,), and the denoiser with its counts.
+
+    Image k is a function of (seed, k, condition, settings) alone: neither batch size nor rank changes its noise.
+    """
+    sampling, path = sampling or Sampling(), path or LinearPath()
+    grid = sampling.grid(path)
+    if refresh is None and sampling.refresh_every > 1:
+        refresh = range(0, sampling.num_inference_steps, sampling.refresh_every)
+    conditional = bool(model.accepts)
+    branches = {"cond": Branch(model, condition.to(device))}
+    if conditional:
+        branches["null"] = Branch(model, model.null(condition.to(device)))
+    guided = Guided(
+        branches,
+        sampling.weights(conditional=conditional),
+        path=path,
+        modulation_budget=sampling.modulation_budget_mib * 2**20,
+    )
+    x = draws.normal("sample", shape, index, device=device)
+
+    def step_noise(at: StepInfo) -> Tensor:
+        return draws.normal(f"sample/{at.step}/{at.stage}", shape, index, device=device)
+
+    x = integrate(
+        sampling.solver, guided, x, grid, path=path, noise=step_noise, refresh=refresh, on_step=on_step
+    )
+    return x, guided

@@ -1,0 +1,280 @@
+"""Solvers as step rules. The loop, the time grid, cancellation and encoder refreshes belong to the driver,
+:func:`untwine.diffusion.sampling.integrate`.
+
+A new solver is a frozen dataclass with a ``step`` method and a line in the registry; CONTRIBUTING shows one in full.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from untwine.contracts import Prediction
+from untwine.diffusion.paths import Path
+
+Evaluate = Callable[[Tensor, Tensor, int], Prediction]
+"""(x, t, stage) -> Prediction"""
+Noise = Callable[[int], Tensor]
+"""stage -> standard normal noise shaped like x"""
+Memory = Any
+"""An explicit value (tensors in tuples) that a solver carries from step to step"""
+
+
+class Solver:
+    """A step rule; its fields are its options."""
+
+    kinds: ClassVar[str] = "untwine.diffusion:solvers"
+    stochastic: ClassVar[bool] = False
+
+    def init(self, x: Tensor) -> Memory:
+        """What is remembered before the first step."""
+        return None
+
+    def evaluations(self, i: int, grid: Tensor) -> tuple[tuple[int, float], ...]:
+        """(stage, t) of every network evaluation in step i, in order."""
+        return ((0, float(grid[i])),)
+
+    def step(
+        self, denoise: Evaluate, x: Tensor, memory: Memory, i: int, grid: Tensor, path: Path, noise: Noise
+    ) -> tuple[Tensor, Memory]:
+        """x at ``grid[i + 1]`` from x at ``grid[i]``."""
+        raise NotImplementedError
+
+
+def _is_last(i: int, grid: Tensor) -> bool:
+    return i == len(grid) - 2
+
+
+Rule = Literal["ode", "sde", "mean", "preserve"]
+
+
+def advance(
+    x: Tensor, prediction: Prediction | _Mean, dt: float, *, rule: Rule, weight: float, noise: Callable[[], Tensor]
+) -> Tensor:
+    """One Euler step of the reverse SDE ``dx = v dt - w s dt + sqrt(2 w) dW`` (SiT, arXiv 2401.08740, eq. 5).
+
+    s is the score and w >= 0 the diffusion weight. ``sde`` as written; ``mean`` without the noise; ``preserve`` with
+    half the drift and half the variance (a variant of the official DDT code); ``ode`` is w = 0.
+    """
+    stepped = x + prediction.velocity * dt
+    if rule == "ode":
+        return stepped
+    strength = (0.5 if rule == "preserve" else 1.0) * weight * abs(dt)
+    drifted = stepped + prediction.score * strength
+    return drifted if rule == "mean" else drifted + noise() * (2 * strength) ** 0.5
+
+
+@dataclass(frozen=True)
+class Euler(Solver):
+    """Euler's method on the ODE, or Euler-Maruyama on the SDE whose ``rule`` :func:`advance` lists. One evaluation.
+
+    The last step is the ODE's, so that the result carries no fresh noise.
+    """
+
+    rule: Rule = "ode"
+    weight: Literal["sigma", "one"] = "sigma"
+    """the diffusion weight w(t)"""
+
+    @property
+    def stochastic(self) -> bool:
+        return self.rule in ("sde", "preserve")
+
+    def step(self, denoise, x, memory, i, grid, path, noise):
+        rule = "ode" if _is_last(i, grid) else self.rule
+        weight = diffusion_weight(self.weight, path, grid[i])
+        dt = float(grid[i + 1] - grid[i])
+        return advance(x, denoise(x, grid[i], 0), dt, rule=rule, weight=weight, noise=lambda: noise(0)), memory
+
+
+def diffusion_weight(kind: Literal["sigma", "one"], path: Path, t: Tensor) -> float:
+    """w(t) of the reverse SDE."""
+    return float(path.at(t).sigma) if kind == "sigma" else 1.0
+
+
+@dataclass(frozen=True)
+class Heun(Solver):
+    """The trapezoid rule with an Euler predictor, on the ODE or on an SDE rule; the last step is the ODE's Euler.
+
+    ``reuse=False`` evaluates twice a step (order 2). ``reuse=True`` predicts with the previous step's corrector
+    evaluation, one evaluation a step after the first, as the official DDT code does by default.
+    """
+
+    reuse: bool = False
+    rule: Rule = "ode"
+    weight: Literal["sigma", "one"] = "sigma"
+
+    @property
+    def stochastic(self) -> bool:
+        return self.rule in ("sde", "preserve")
+
+    def evaluations(self, i: int, grid: Tensor) -> tuple[tuple[int, float], ...]:
+        first = ((0, float(grid[i])),) if i == 0 or not self.reuse else ()
+        return first if _is_last(i, grid) else (*first, (1, float(grid[i + 1])))
+
+    def step(self, denoise, x, memory, i, grid, path, noise):
+        dt = float(grid[i + 1] - grid[i])
+        weight = diffusion_weight(self.weight, path, grid[i])
+        before = denoise(x, grid[i], 0) if memory is None or not self.reuse else memory
+        if _is_last(i, grid):
+            return advance(x, before, dt, rule="ode", weight=weight, noise=lambda: noise(0)), None
+        guess = advance(x, before, dt, rule=self.rule, weight=weight, noise=lambda: noise(0))
+        after = denoise(guess, grid[i + 1], 1)
+        both = _Mean(before, after)
+        return advance(x, both, dt, rule=self.rule, weight=weight, noise=lambda: noise(1)), after
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """The mean of two predictions, read as velocity or score."""
+
+    first: Prediction
+    second: Prediction
+
+    @property
+    def velocity(self) -> Tensor:
+        return (self.first.velocity + self.second.velocity) / 2
+
+    @property
+    def score(self) -> Tensor:
+        return (self.first.score + self.second.score) / 2
+
+
+_NODES: dict[str, Callable[[Tensor], Tensor]] = {
+    "time": lambda u: u,
+    "log_snr": lambda u: torch.log(u.clamp(min=1e-3) / (1 - u + 1e-3)),
+    "snr": lambda u: u.clamp(min=1e-8) / (1 - u + 1e-8),
+    "inverse_snr": lambda u: 1 / (u.clamp(min=1e-8) / (1 - u + 1e-8)),
+}
+
+
+def adams_weights(nodes: Tensor, start: Tensor, end: Tensor) -> list[float]:
+    """Weights of ``values at nodes`` whose sum is the mean of their Lagrange interpolant over [start, end].
+
+    They sum to 1 and are oldest first; with equal spacing they are the Adams-Bashforth coefficients. The weights are
+    as precise as the dtype of ``nodes``: at order 4 and 30 steps, float32 is off by up to 0.04.
+    """
+    integrals = []
+    for j in range(len(nodes)):
+        others = [nodes[m] for m in range(len(nodes)) if m != j]
+        scale = math.prod((nodes[j] - other for other in others), start=torch.ones_like(start))
+        integrals.append((_antiderivative(others, end) - _antiderivative(others, start)) / scale)
+    total = sum(integrals)
+    return [float(value / total) for value in integrals]
+
+
+def _antiderivative(roots: list[Tensor], x: Tensor) -> Tensor:
+    """The integral from 0 to x of the monic polynomial with these roots."""
+    degree = len(roots)
+    value = 1 / (degree + 1) * x ** (degree + 1)
+    for k in range(1, degree + 1):
+        products = [math.prod(chosen) for chosen in combinations(roots, k)]
+        if k > 1:  # the published order of summation, which matters in float32
+            products = [products[-1], *products[:-1]]
+        value = value + (-1) ** k / (degree + 1 - k) * sum(products) * x ** (degree + 1 - k)
+    return value
+
+
+@dataclass(frozen=True)
+class AdamsBashforth(Solver):
+    """Linear multistep of order 1-4 on an uneven grid: one evaluation a step (DDT's AdamLM, arXiv 2504.05741).
+
+    ``nodes`` names the variable in which the velocities are interpolated; the step itself stays in t. The published
+    sampler computes the weights in float32, where they are ill-conditioned; ``precision="float32"`` reproduces it.
+    """
+
+    order: int = 2
+    nodes: Literal["time", "log_snr", "snr", "inverse_snr"] = "time"
+    precision: Literal["float64", "float32"] = "float64"
+
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2, 3, 4):
+            raise ValueError(f"order must be 1, 2, 3 or 4, got {self.order!r}")
+
+    def init(self, x: Tensor) -> Memory:
+        return ()
+
+    def step(self, denoise, x, memory, i, grid, path, noise):
+        history = (*memory, denoise(x, grid[i], 0).velocity)[-self.order :]
+        nodes = _NODES[self.nodes]((1 - grid[i + 1 - len(history) : i + 2]).to(getattr(torch, self.precision)))
+        weights = adams_weights(nodes[:-1], nodes[-2], nodes[-1])
+        mean = sum(w * v for w, v in zip(weights, history))
+        return x + mean * float(grid[i + 1] - grid[i]), history
+
+
+@dataclass(frozen=True)
+class DDIM(Solver):
+    """DDIM (Song et al., arXiv 2010.02502, eq. 12) on any path; eta = 0 is deterministic, eta = 1 is DDPM-like."""
+
+    eta: float = 0.0
+    clip_x0: float | None = None
+    """clamp the predicted x0 to [-clip_x0, clip_x0]"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be within [0, 1], got {self.eta}")
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        return self.eta > 0
+
+    def step(self, denoise, x, memory, i, grid, path, noise):
+        prediction = denoise(x, grid[i], 0)
+        x0, eps = prediction.x0, prediction.noise
+        if self.clip_x0 is not None:
+            x0 = x0.clamp(-self.clip_x0, self.clip_x0)
+            eps = path.x0_to_noise(x0, x, grid[i])
+        after = path.at(grid[i + 1])
+        std = self.eta * float(_posterior_variance(path, grid, i)) ** 0.5
+        mean = after.alpha * x0 + (after.sigma**2 - std**2).clamp(min=0).sqrt() * eps
+        return (mean + std * noise(0) if std > 0 else mean), memory
+
+
+@dataclass(frozen=True)
+class AncestralDDPM(Solver):
+    """A draw from ``q(x_s | x_t, x0)`` (DDPM, arXiv 2006.11239, eq. 7), on any path and any two of its times.
+
+    ``variance``: ``small`` the posterior's, ``large`` the transition's (beta), ``learned`` between the two in the log
+    domain by the network's variance channels (Improved DDPM, arXiv 2102.09672, eq. 15).
+    """
+
+    variance: Literal["small", "large", "learned"] = "small"
+    clip_x0: float | None = None
+    stochastic: ClassVar[bool] = True
+
+    def step(self, denoise, x, memory, i, grid, path, noise):
+        prediction = denoise(x, grid[i], 0)
+        x0 = prediction.x0 if self.clip_x0 is None else prediction.x0.clamp(-self.clip_x0, self.clip_x0)
+        now, after = path.at(grid[i]), path.at(grid[i + 1])
+        ratio, transition = _transition(path, grid, i)
+        mean = ratio * (after.sigma / now.sigma) ** 2 * x + after.alpha * (transition / now.sigma**2) * x0
+        if _is_last(i, grid):
+            return mean, memory
+        return mean + self._std(prediction, path, grid, i) * noise(0), memory
+
+    def _std(self, prediction: Prediction, path: Path, grid: Tensor, i: int) -> Tensor:
+        _, transition = _transition(path, grid, i)
+        posterior = _posterior_variance(path, grid, i)
+        if self.variance == "learned":
+            if prediction.variance is None:
+                raise ValueError("variance='learned' needs a model that predicts variance; use 'small' or 'large'")
+            share = (prediction.variance + 1) / 2
+            return torch.exp(0.5 * (share * transition.log() + (1 - share) * posterior.log()))
+        return (posterior if self.variance == "small" else transition).sqrt()
+
+
+def _transition(path: Path, grid: Tensor, i: int) -> tuple[Tensor, Tensor]:
+    """Mean factor and variance of ``q(x_t | x_s)`` for the step from t = grid[i] to s = grid[i + 1]."""
+    now, after = path.at(grid[i]), path.at(grid[i + 1])
+    ratio = now.alpha / after.alpha
+    return ratio, now.sigma**2 - (ratio * after.sigma) ** 2
+
+
+def _posterior_variance(path: Path, grid: Tensor, i: int) -> Tensor:
+    _, transition = _transition(path, grid, i)
+    return transition * (path.at(grid[i + 1]).sigma / path.at(grid[i]).sigma) ** 2

@@ -1,0 +1,11 @@
+"""Backbones: ``forward(x, t, condition) -> Output``. One file each."""
+
+from untwine.registry import Registry
+
+models = Registry(
+    "model",
+    {
+        "ddt": "untwine.models.ddt:DDT",
+        "improved_dit": "untwine.models.dit:ImprovedDiT",
+    },
+)

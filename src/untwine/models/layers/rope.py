@@ -1,0 +1,51 @@
+"""Rotary position embedding on any number of axes. It takes positions, never a grid.
+
+DDT (arXiv 2504.05741) spreads the tokens of an image over ``linspace(0, 16)`` on each axis, whatever the resolution, so
+that a finer grid is a denser sampling of the same range.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin, each (B or 1, N, 1, head_dim / 2) float32"""
+
+
+def image_positions(height: int, width: int, *, extent: float = 16.0, device: torch.device | None = None) -> Tensor:
+    """(1, height * width, 2) float32 positions (x, y) of row-major tokens; both ends of [0, extent] are included."""
+    x = torch.linspace(0, extent, width, device=device)
+    y = torch.linspace(0, extent, height, device=device)
+    return torch.stack((x.repeat(height), y.repeat_interleave(width)), -1)[None]
+
+
+def rope_tables(positions: Tensor, head_dim: int, *, theta: float = 10000.0) -> Rope:
+    """Tables for :func:`rotate`, computed once per forward in float32.
+
+    Frequency k of A axes is ``theta ** (-2 A k / head_dim)``; within a frequency the axes are interleaved.
+
+    Args:
+        positions: (B or 1, N, A).
+        head_dim: width of one attention head, divisible by 2 A.
+
+    Raises:
+        ValueError: if ``head_dim`` is not divisible by 2 A.
+    """
+    axes = positions.shape[-1]
+    if head_dim % (2 * axes):
+        raise ValueError(
+            f"head_dim must be divisible by {2 * axes} for rotary positions on {axes} axes, got {head_dim}; "
+            "choose hidden_size and num_heads accordingly"
+        )
+    exponents = torch.arange(0, head_dim, 2 * axes, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.float()[..., None, :] * (1.0 / theta**exponents)[:, None]  # (B, N, head_dim / 2A, A)
+    angles = angles.flatten(-2)[:, :, None]  # (B, N, 1, head_dim / 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotates consecutive pairs of the (B, N, H, head_dim) queries or keys by their position; computed in float32."""
+    cos, sin = rope
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)

@@ -1,0 +1,78 @@
+"""The file operations a checkpoint is made of, behind one seam.
+
+Everything :mod:`untwine.training.checkpoint` changes on disk goes through a :class:`Storage`, so that a test (or another
+file system) can replace it and fail or crash at any single operation.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+
+class Storage:
+    """The local (or mounted) file system. Every method raises OSError where the operation fails."""
+
+    def make(self, folder: Path) -> None:
+        """Creates a folder and its parents."""
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Writes a small file and flushes it to the device."""
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_tensors(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Writes each rank's part of ``tensors`` as one safetensors file a rank, flushed; collective.
+
+        An OSError of one rank is raised on every rank.
+        """
+        local = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.save(local, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
+        except CheckpointException as error:
+            causes = [cause for cause, _ in error.failures.values()]
+            raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from error
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Renames a folder atomically."""
+        source.rename(target)
+
+    def sync(self, folder: Path) -> None:
+        """Flushes the entries of a folder, so that renames inside it survive a power cut."""
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def list(self, folder: Path) -> list[str]:
+        """Names inside a folder, sorted; none where it does not exist."""
+        return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+    def delete(self, folder: Path) -> None:
+        """Removes a folder with everything in it."""
+        shutil.rmtree(folder)
+
+    def free(self, folder: Path) -> int:
+        """Bytes that can still be written."""
+        return shutil.disk_usage(folder).free
+
+
+LOCAL = Storage()
