@@ -140,6 +140,8 @@ class Draw:
     target: Tensor
     weight: Tensor | None = None
     known: Tensor | None = None
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """precomputed features of x0, for terms that align with them"""
 
 
 @dataclass(frozen=True)

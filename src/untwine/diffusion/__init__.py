@@ -2,7 +2,7 @@
 
 from untwine.registry import Registry
 
-paths = Registry(
+PATHS = Registry(
     "path",
     {
         "linear": "untwine.diffusion.paths:LinearPath",
@@ -11,7 +11,7 @@ paths = Registry(
         "discrete": "untwine.diffusion.paths:DiscretePath",
     },
 )
-time_draws = Registry(
+TIME_DRAWS = Registry(
     "time draw",
     {
         "uniform": "untwine.diffusion.timesteps:UniformTime",
@@ -19,7 +19,7 @@ time_draws = Registry(
         "truncated_normal": "untwine.diffusion.timesteps:TruncatedNormalTime",
     },
 )
-solvers = Registry(
+SOLVERS = Registry(
     "solver",
     {
         "euler": "untwine.diffusion.solvers:Euler",

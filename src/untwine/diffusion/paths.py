@@ -54,7 +54,7 @@ def _guard(divisor: Tensor) -> Tensor:
 class Path:
     """A pair of schedules alpha(t), sigma(t). Subclasses give :meth:`at`; everything else follows."""
 
-    kinds: ClassVar[str] = "untwine.diffusion:paths"
+    kinds: ClassVar[str] = "untwine.diffusion:PATHS"
 
     def at(self, t: Tensor) -> Coefficients:
         """The four coefficients at t, elementwise."""

@@ -29,7 +29,7 @@ Memory = Any
 class Solver:
     """A step rule; its fields are its options."""
 
-    kinds: ClassVar[str] = "untwine.diffusion:solvers"
+    kinds: ClassVar[str] = "untwine.diffusion:SOLVERS"
     stochastic: ClassVar[bool] = False
 
     def init(self, x: Tensor) -> Memory:

@@ -39,7 +39,7 @@ def _check_shift(shift: float) -> None:
 class TimeDraw:
     """A distribution of training times on [0, 1]; :meth:`sample` gives each training sample its own draw."""
 
-    kinds: ClassVar[str] = "untwine.diffusion:time_draws"
+    kinds: ClassVar[str] = "untwine.diffusion:TIME_DRAWS"
 
     def sample(self, draws: Draws, index: Tensor, *, device: torch.device | str | None = None) -> Tensor:
         """(B,) float32 times for the sample counters ``index``."""

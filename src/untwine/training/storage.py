@@ -1,7 +1,7 @@
 """The file operations a checkpoint is made of, behind one seam.
 
-Everything :mod:`untwine.training.checkpoint` changes on disk goes through a :class:`Storage`, so that a test (or another
-file system) can replace it and fail or crash at any single operation.
+Everything :mod:`untwine.training.checkpoint` changes on disk goes through a :class:`Storage`, so that a test (or
+another file system) can replace it and fail or crash at any single operation.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 
 class Storage:
@@ -45,7 +45,7 @@ class Storage:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.save(local, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
+                save_shards(local, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
         except CheckpointException as error:
             causes = [cause for cause, _ in error.failures.values()]
             raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from error

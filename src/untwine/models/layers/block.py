@@ -134,6 +134,7 @@ class FinalLayer(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.adaln = Linear(hidden_size, 2 * hidden_size)
         self.linear = Linear(hidden_size, out_features)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """All zero: a new model predicts zero."""

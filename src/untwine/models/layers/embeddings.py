@@ -32,6 +32,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = Linear(in_channels * patch_size**2, hidden_size)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Xavier-uniform weight, bias 0."""
@@ -67,6 +68,7 @@ class TimestepEmbedding(nn.Module):
         super().__init__()
         self.scale, self.origin, self.max_period, self.frequency_dim = scale, origin, max_period, frequency_dim
         self.mlp = nn.Sequential(Linear(frequency_dim, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Normal weights of deviation 0.02; the biases keep the default of a linear layer."""
@@ -86,6 +88,7 @@ class LabelEmbedding(nn.Module):
     def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__()
         self.table = nn.Embedding(num_classes + 1, hidden_size)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Normal rows of deviation 0.02."""

@@ -1,0 +1,101 @@
+"""What every data set offers, and the division into training and held-out parts."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from untwine.diffusion.draws import Draws
+
+
+class CorruptImage(ValueError):
+    """A file that cannot be used as an image; the message names it and says why."""
+
+
+class Dataset(ABC):
+    """Samples by position, with optional class labels or captions."""
+
+    kinds: ClassVar[str] = "untwine.data:datasets"
+    num_classes: int = 0
+    """0 = no classes"""
+    class_names: tuple[str, ...] = ()
+    sample_shape: tuple[int, int, int]
+    """(C, H, W)"""
+    labels: np.ndarray | None = None
+    """(len,) int64 in [0, num_classes), or None"""
+    captions: list[str] | None = None
+    max_corrupt: float = 0.0
+    """fraction of unreadable samples at which reading stops"""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, position: int, *, draws: Draws | None = None, index: int | None = None) -> Tensor:
+        """The sample at ``position``: (C, H, W) float32 in [-1, 1].
+
+        Augmentation is a function of (draws, index), the global sample counter; without draws there is none.
+
+        Raises:
+            CorruptImage: if it cannot be read.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON values that tell this data from other data: count, bytes and sampled hashes."""
+
+    def split(self, validation: int | float, seed: int) -> tuple[Dataset, Dataset]:
+        """(training, held out): a count or a fraction in [0, 1) of the samples is held out, stratified by class.
+
+        The division is a function of (seed, labels). Both parts keep the label ids and class names.
+        """
+        size = len(self)
+        count = round(validation * size) if isinstance(validation, float) else validation
+        if not 0 <= count < size or validation < 0:
+            raise ValueError(
+                f"validation must be a count in [0, {size - 1}] or a fraction in [0, 1) of {size} samples, "
+                f"got {validation}"
+            )
+        order = Draws(seed).permutation("validation", size, 0)
+        labels = np.zeros(size, np.int64) if self.labels is None else self.labels
+        quota = _quotas(np.bincount(labels, minlength=self.num_classes), count)
+        held = np.concatenate([order[labels[order] == label][:n] for label, n in enumerate(quota)])
+        mask = np.zeros(size, bool)
+        mask[held.astype(np.int64)] = True
+        return Subset(self, np.flatnonzero(~mask)), Subset(self, np.flatnonzero(mask))
+
+
+class Subset(Dataset):
+    """The samples of another data set at the given positions."""
+
+    def __init__(self, dataset: Dataset, positions: np.ndarray) -> None:
+        self.dataset = dataset
+        self.positions = positions
+        self.num_classes = dataset.num_classes
+        self.class_names = dataset.class_names
+        self.sample_shape = dataset.sample_shape
+        self.max_corrupt = dataset.max_corrupt
+        self.labels = None if dataset.labels is None else dataset.labels[positions]
+        self.captions = None if dataset.captions is None else [dataset.captions[p] for p in positions]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def read(self, position: int, *, draws: Draws | None = None, index: int | None = None) -> Tensor:
+        return self.dataset.read(int(self.positions[position]), draws=draws, index=index)
+
+    def fingerprint(self) -> dict[str, Any]:
+        digest = hashlib.sha256(np.ascontiguousarray(self.positions, np.int64).tobytes()).hexdigest()
+        return {**self.dataset.fingerprint(), "subset": {"count": len(self), "sha256": digest}}
+
+
+def _quotas(counts: np.ndarray, total: int) -> np.ndarray:
+    """``total`` shared out in proportion to ``counts``, by largest remainder (ties to the lower class)."""
+    exact = counts * (total / counts.sum())
+    quotas = np.floor(exact).astype(np.int64)
+    quotas[np.argsort(quotas - exact, kind="stable")[: total - quotas.sum()]] += 1
+    return quotas

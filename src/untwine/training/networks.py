@@ -1,0 +1,146 @@
+"""The networks of a run: the model, those that the objective declares, their optimizers and the model's averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from untwine.training.checkpoint import Report, load_matching
+from untwine.training.distributed import Distributed, autocast, no_sync, parallelize, resolve_strategy
+from untwine.training.ema import EMA
+from untwine.training.objectives.base import Objective, Role
+from untwine.training.optim import OptimizerSet, clip_grad_norm
+from untwine.training.recipe import Recipe
+
+
+class Networks:
+    """Builds, parallelises, optimises and averages; :meth:`tensors` is everything that a checkpoint must hold.
+
+    Names in it: ``<network>.<parameter>``, ``objective.<parameter>``, ``ema.<k>.<parameter>`` and
+    ``optimizer.<network>.<parameter>.<state>``; objective parameters are optimised with the model.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        objective: Objective,
+        build_model: Callable[[], nn.Module],
+        processes: Distributed,
+    ) -> None:
+        self.recipe, self.processes = recipe, processes
+        self.roles = {"model": Role(), **objective.networks()}
+        self.modules = {name: self._build(role.init or build_model) for name, role in self.roles.items()}
+        self.objective = objective.to(processes.device)
+        self._parallelize()
+        self.optimizers = {name: self._optimizer(name) for name, role in self.roles.items() if role.trainable}
+        self.averages = [EMA(profile, self.modules["model"].named_parameters()) for profile in recipe.ema]
+        self.updates = dict.fromkeys(self.optimizers, 0)
+        """optimizer steps made, by network"""
+
+    @property
+    def model(self) -> nn.Module:
+        return self.modules["model"]
+
+    def _build(self, init: Callable[[], nn.Module]) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.seed % 2**63)
+            return init().to(self.processes.device)
+
+    def _parallelize(self) -> None:
+        plan = self.recipe.train.parallel
+        for name, module in self.modules.items():
+            trainable = self.roles[name].trainable
+            module.requires_grad_(trainable).train(trainable)
+            if trainable:
+                parallelize(module, plan, self.processes)
+        if list(self.objective.parameters()):
+            strategy = resolve_strategy(plan, self.model, self.processes)
+            parallelize(self.objective, replace(plan, strategy=strategy, checkpointing=False, compile=False), self.processes)
+
+    def named_parameters(self, network: str) -> dict[str, Tensor]:
+        """What the optimizer of a network updates, by checkpoint name."""
+        named = {f"{network}.{n}": p for n, p in self.modules[network].named_parameters()}
+        if network == "model":
+            named |= {f"objective.{n}": p for n, p in self.objective.named_parameters()}
+        return named
+
+    def _optimizer(self, network: str) -> OptimizerSet:
+        return (self.roles[network].optimizer or self.recipe.optimizer).build(self.named_parameters(network))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state of the run by name: the live tensors, to be saved or filled in place."""
+        found: dict[str, Tensor] = {}
+        for name, module in self.modules.items():
+            if self.roles[name].source is None:
+                found |= {f"{name}.{key}": value.detach() for key, value in module.state_dict().items()}
+        found |= {f"objective.{key}": value.detach() for key, value in self.objective.state_dict().items()}
+        for k, average in enumerate(self.averages):
+            found |= {f"ema.{k}.{key}": value for key, value in average.tensors().items()}
+        for name, optimizer in self.optimizers.items():
+            found |= {f"optimizer.{name}.{key}": value for key, value in optimizer.tensors().items()}
+        return found
+
+    def restored(self, updates: Mapping[str, int]) -> None:
+        """Called after :meth:`tensors` were filled from a checkpoint."""
+        self.updates.update(updates)
+        self._teach()
+
+    def initialise(self, checkpoint: str, weights: str) -> Report:
+        """Model weights (and the averages' start) from another run's checkpoint, where names and shapes agree.
+
+        Args:
+            weights: ``raw`` or ``ema:k``.
+        """
+        source = "model." if weights == "raw" else f"ema.{weights.removeprefix('ema:')}."
+        live = dict(self.model.named_parameters())
+        report = load_matching(checkpoint, {source + name: p.detach() for name, p in live.items()})
+        for average in self.averages:
+            for name, tensor in average.tensors().items():
+                tensor.copy_(live[name].detach())
+        self._teach()
+
+        def own(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(n.removeprefix(source) for n in names if n.startswith(source))
+
+        return Report(own(report.kept), own(report.reinitialised), own(report.unused))
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch: precision, and gradient exchange with the last one only."""
+        with ExitStack() as stack:
+            for name in self.optimizers:
+                stack.enter_context(no_sync(self.modules[name], last))
+            stack.enter_context(no_sync(self.objective, last))
+            yield
+
+    def forward_precision(self):
+        """The autocast context of a model call."""
+        return autocast(self.model, self.recipe.train.parallel, self.processes.device)
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+
+    def update(self, network: str, step: int) -> Tensor:
+        """Clips and steps one network, then its averages; the gradient norm before clipping, on the device."""
+        train = self.recipe.train
+        optimizer = self.optimizers[network]
+        parameters = self.named_parameters(network).values()
+        norm = clip_grad_norm(parameters) if train.clip_norm is None else clip_grad_norm(parameters, train.clip_norm)
+        optimizer.set_lr(self.recipe.schedule.multiplier(step, train.num_steps))
+        optimizer.step()
+        self.updates[network] += 1
+        if network == "model":
+            for average in self.averages:
+                average.update(self.updates["model"], train.batch_size)
+            self._teach()
+        return norm
+
+    def _teach(self) -> None:
+        for name, role in self.roles.items():
+            if role.source is not None:
+                self.averages[int(role.source.removeprefix("ema:"))].copy_to(self.modules[name])

@@ -1,0 +1,137 @@
+"""A recipe: everything that, with its data, determines a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from untwine.codecs.base import Codec
+from untwine.config import Component, ConfigError, from_dict, load_yaml, to_dict
+from untwine.data.base import Dataset
+from untwine.diffusion.sampling import Sampling
+from untwine.registry import did_you_mean
+from untwine.training.distributed import ParallelConfig
+from untwine.training.ema import ConstantEMA, EMAProfile
+from untwine.training.objectives.base import Objective
+from untwine.training.optim import AdamW, ConstantSchedule, OptimizerConfig, Schedule
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+class Model:
+    """A backbone, chosen by name in a recipe."""
+
+    kinds: ClassVar[str] = "untwine.models:models"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop. Every count named ``steps`` is in optimizer steps."""
+
+    num_steps: int
+    batch_size: int = 64
+    """samples per optimizer step, over all processes and micro-batches"""
+    accumulation: int = 1
+    """micro-batches per optimizer step"""
+    clip_norm: float | None = None
+    """largest global gradient norm"""
+    num_workers: int = 0
+    """data loading processes"""
+    validation: int | float = 0.1
+    """held-out samples: a count, or a fraction in [0, 1)"""
+    log_every: int = 20
+    validate_every: int = 500
+    save_every: int = 1000
+    keep: int = 2
+    """checkpoints kept, >= 2"""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "accumulation", "log_every", "validate_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.keep < 2:
+            raise ValueError(f"keep must be >= 2 (the previous checkpoint outlives the writing of one), got {self.keep}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be > 0 or null, got {self.clip_norm}")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must be >= 0, got {self.num_workers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training run. ``untwine train NAME|FILE`` reads one from YAML; flags change single values."""
+
+    name: str
+    data: Component[Dataset]
+    model: Component[Model]
+    train: TrainConfig
+    seed: int = 0
+    codec: Component[Codec] = Component("untwine.codecs:codecs", "identity")
+    objective: Component[Objective] = Component("untwine.training.objectives:objectives", "flow_matching")
+    optimizer: OptimizerConfig = field(default_factory=AdamW)
+    schedule: Schedule = field(default_factory=ConstantSchedule)
+    ema: tuple[EMAProfile, ...] = (ConstantEMA(),)
+    """profile 0 is exported and sampled by default"""
+    sampling: Sampling = field(default_factory=Sampling)
+    """how the trained model is sampled unless asked otherwise"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be within [0, 2**64), got {self.seed}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that :meth:`from_dict` reads back; the resolved form that every checkpoint carries."""
+        return to_dict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str = "recipe") -> Recipe:
+        """A recipe from plain data, strictly checked."""
+        return from_dict(cls, data, where)
+
+    @classmethod
+    def load(cls, source: str | Path) -> Recipe:
+        """The recipe in a YAML file, or the shipped recipe of that name."""
+        return cls.from_dict(load_yaml(find_recipe(source)))
+
+
+def find_recipe(source: str | Path) -> Path:
+    """The YAML file that ``source`` names: a path, or the name of a shipped recipe."""
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"recipe file {path} does not exist")
+        return path
+    shipped = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+    if str(source) not in shipped:
+        raise ConfigError(f"unknown recipe {str(source)!r}{did_you_mean(str(source), list(shipped))}; or give a .yaml file")
+    return shipped[str(source)]
+
+
+# Options that may change between the parts of a resumed run; any other makes it another run.
+FREE = (
+    "name",
+    "sampling",
+    "train.num_steps",
+    "train.num_workers",
+    "train.log_every",
+    "train.validate_every",
+    "train.save_every",
+    "train.keep",
+    "train.parallel",
+)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """``path: old -> new`` for every fixed option in which two resolved recipes differ."""
+    found = []
+    for key in sorted({*old, *new}):
+        path, a, b = f"{prefix}{key}", old.get(key), new.get(key)
+        if path in FREE or a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{path}.")
+        else:
+            found.append(f"{path}: {a!r} -> {b!r}")
+    return found

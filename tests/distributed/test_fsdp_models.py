@@ -1,0 +1,119 @@
+"""Backbones under FSDP2 on two gloo processes: outputs and gradients are those of the unsharded model."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from untwine.contracts import Condition
+from untwine.models import models
+from untwine.models.layers.compile import compile_blocks
+
+WORLD = 2
+OPTIONS = {
+    "ddt": {"in_channels": 3, "hidden_size": 32, "depth": 4, "encoder_depth": 2, "num_heads": 4, "num_classes": 5},
+    "improved_dit": {"in_channels": 3, "hidden_size": 32, "depth": 3, "num_heads": 4, "num_classes": 5},
+}
+
+
+def build(name: str) -> nn.Module:
+    """The same randomised model on every rank."""
+    torch.manual_seed(0)
+    model = models[name](**OPTIONS[name])
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """As a trainer does it: each block, then the root, then the methods that the classes name."""
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    blocks = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for module in (*blocks, model):
+        for method in module.fsdp_methods:
+            register_fsdp_forward_method(module, method)
+    return model
+
+
+def batch() -> tuple[Tensor, Tensor, Condition]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 3, 4, 6, generator=generator)
+    return x, torch.rand(4, generator=generator), Condition(labels=torch.arange(4))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def forward(model: Any) -> Tensor:
+    return model(*batch(), features=("blocks.0",)).sample
+
+
+def split(model: Any) -> Tensor:
+    """Encoder and decoder called apart, the state used twice."""
+    x, t, condition = batch()
+    state = model.encode(x, t, condition)
+    return model.decode(x, state).sample + model.decode(0.5 * x, state, retime=t * 0.5).sample
+
+
+def sampled(model: Any) -> Tensor:
+    """A refresh that is reused, without gradients; then a training step, so that nothing stays gathered or cached."""
+    x, t, condition = batch()
+    with torch.no_grad():
+        state = model.modulate(model.encode(x, t, condition))
+        reused = model.decode(0.5 * x, state).sample
+    return forward(model) + reused
+
+
+def compiled(model: Any) -> Tensor:
+    compile_blocks(model, backend="aot_eager")
+    return forward(model)
+
+
+def compare(rank: int, port: int, name: str, run: Callable[[Any], Tensor]) -> None:
+    """One rank of one case; raises on the first difference."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    try:
+        plain, sharded = build(name), shard(build(name))
+        assert all(isinstance(p, DTensor) for p in sharded.parameters())
+        for _ in range(2):
+            expected, got = run(plain), run(sharded)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+            for out in (expected, got):
+                out.square().mean().backward()
+        for (key, p), q in zip(plain.named_parameters(), sharded.parameters()):
+            assert q.grad is not None, f"{key} has no gradient when sharded"
+            torch.testing.assert_close(
+                whole(q.grad), p.grad, rtol=1e-5, atol=1e-7, msg=lambda m, key=key: f"{key}: {m}"
+            )
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "name, run",
+    [("ddt", forward), ("ddt", split), ("ddt", sampled), ("ddt", compiled), ("improved_dit", forward)],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_sharded_equals_whole(name: str, run: Callable[[Any], Tensor]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(compare, (port, name, run), nprocs=WORLD)
