@@ -1,5 +1,6 @@
 """Recipes: what is accepted, what comes back, and what every mistake is told."""
 
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ class Recipe:
     """A recipe."""
 
     model: Model = field(default_factory=Model)
-    shape: Component[Shape] = Component(SHAPES, "circle")
+    shape: Component[Shape] = field(default=Component(SHAPES, "circle"))
     second: Component[Shape] | None = None
     shapes: tuple[Component[Shape], ...] = ()
     named: dict[str, Component[Shape]] = field(default_factory=dict)
@@ -214,7 +215,7 @@ def bomb(levels=9):
 FILES = [
     ("lr: 1\nmodel:\n  dropout: 0\n  dropout: 1\n", r"line 4: 'dropout' is given twice \(first on line 3\)"),
     ("lr: 1\nlr: 2\n", r"line 2: 'lr' is given twice"),
-    ("lr: [1", r"recipe\.yaml: .*line 1"),
+    ("lr: [1", r"(?s)recipe\.yaml: .*line 1"),
     ("a:\n\tb: 1", "recipe.yaml"),
     ("", r"expected options as 'name: value' lines, got NoneType"),
     ("- 1", r"expected options as 'name: value' lines, got list"),
@@ -280,8 +281,8 @@ def flags(text, *args):
 def test_flags_change_values_and_the_recipe_chooses_kinds():
     data = flags(
         "{shape: {kind: frame, width: 1}, shapes: [blank, circle], named: {a: circle}, weights: {flow: 1}}",
-        *"--lr 3e-4 --model.hidden-size 128 --model.mode 3 --shape.inner.radius 5 --shapes.1.radius 6".split(),
-        *"--named.a.radius 7 --betas 0.1 0.2 --sizes 4 5 6 --clip 1 --compile --root a/b --weights.flow 2".split(),
+        *shlex.split("--lr 3e-4 --model.hidden-size 128 --model.mode 3 --shape.inner.radius 5 --shapes.1.radius 6"),
+        *shlex.split("--named.a.radius 7 --betas 0.1 0.2 --sizes 4 5 6 --clip 1 --compile --root a/b --weights.flow 2"),
     )
     recipe = from_dict(Recipe, data)
     assert (recipe.lr, recipe.model.hidden_size, recipe.model.mode) == (3e-4, 128, 3)

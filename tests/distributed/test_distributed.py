@@ -122,25 +122,14 @@ def test_two_processes_train_like_one(strategy, micro, alone):
     torch.testing.assert_close(first[2], alone[2], rtol=1e-5, atol=0)
 
 
-def test_hybrid_sharding_trains_like_one(alone):
-    weights, average, _ = run_ranks(hybrid, 4)[0]
-    assert distance(weights, alone[0]) <= 1e-5
-    assert distance(average, alone[1]) <= 1e-5
-
-
-def hybrid(processes):
-    return train(
-        Distributed(processes.device, processes.rank, 4, local_world_size=2, owns_group=True),
-        "hsdp",
-        AdamW(lr=1e-2, weight_decay=0.1),
-    )
-
-
-def test_muon_shards():
+def test_muon_orthogonalises_whole_matrices_when_they_are_sharded():
+    start = full(dict(toy(ALONE, strategy="none").named_parameters()))
     reference, *_ = train(ALONE, "none", Muon(lr=1e-3))
     (weights, *_), _ = run_ranks(train, 2, "fsdp", Muon(lr=1e-3))
-    # Newton-Schulz runs in bfloat16 (2^-8): an update differs by that much, the sum of 20 updates of 1e-3 by 1e-4.
-    assert distance(weights, reference) <= 1e-4
+    travelled = {name: reference[name] - start[name] for name in start}
+    error = {name: weights[name] - reference[name] + travelled[name] for name in start}
+    # Newton-Schulz runs in bfloat16, whose rounding (2^-8) its five steps amplify; halves of a matrix would be at 0.5.
+    assert distance(error, travelled) <= 0.05
 
 
 def test_methods_beside_forward_gather_their_weights():
@@ -344,3 +333,17 @@ def test_blocks_that_do_not_exist():
     model._no_split_modules = ("Blok",)
     with pytest.raises(ValueError, match="Blok"):
         parallelize(model, ParallelConfig(), ALONE)
+
+
+def test_hybrid_sharding_trains_like_one(alone):
+    weights, average, _ = run_ranks(hybrid, 4)[0]
+    assert distance(weights, alone[0]) <= 1e-5
+    assert distance(average, alone[1]) <= 1e-5
+
+
+def hybrid(processes):
+    return train(
+        Distributed(processes.device, processes.rank, 4, local_world_size=2, owns_group=True),
+        "hsdp",
+        AdamW(lr=1e-2, weight_decay=0.1),
+    )

@@ -10,13 +10,20 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from untwine.codecs.base import Codec
 from untwine.contracts import Batch, Condition, check_labels
@@ -24,6 +31,8 @@ from untwine.data.base import CorruptImage, Dataset
 from untwine.diffusion.draws import Draws
 
 logger = logging.getLogger(__name__)
+_reader: _Reader
+"""of a worker process"""
 
 
 class Order:
@@ -74,6 +83,8 @@ class Loader:
     ) -> None:
         if not len(dataset):
             raise ValueError("dataset is empty; nothing to train on")
+        if num_workers < 0 or start_update < 0:
+            raise ValueError(f"num_workers and start_update must be >= 0, got {num_workers} and {start_update}")
         _check_division(batch_size, accumulation, world_size, rank)
         if dataset.labels is not None:
             check_labels(torch.from_numpy(dataset.labels), dataset.num_classes)
@@ -86,19 +97,10 @@ class Loader:
         """position -> what is wrong there, for every corrupt sample met"""
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        reader = _Reader(self.dataset, self.draws)
-        loader = DataLoader(
-            reader,
-            batch_sampler=self._counters(),  # type: ignore[arg-type]  (any iterable serves)
-            num_workers=self.num_workers,
-            collate_fn=_unchanged,
-            generator=torch.Generator(),  # else it would draw from the global one
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_one_thread,
-        )
         micro: list[Batch] = []
-        for read in self._guarded(loader):
-            micro.append(self._batch(*read))
+        for read in self._samples(_Reader(self.dataset, self.draws)):
+            self._note(read.corrupt)
+            micro.append(self._batch(read))
             if len(micro) == self.accumulation:
                 yield micro
                 micro = []
@@ -113,23 +115,35 @@ class Loader:
         for update in itertools.count(self.start_update):
             yield from self.counters(update)
 
-    def _guarded(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[int, str]]]:
-        """The loader's items; a dead worker ends the run with a message, and too many corrupt samples with a list."""
-        last = "before the first sample"
-        items = iter(loader)
-        while True:
-            try:
-                item = next(items)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error) or "Caught" in str(error):
-                    raise
-                raise RuntimeError(
-                    f"a data worker died {last}: {error} "
-                    "If the system ran out of memory, use fewer workers (num_workers) or a smaller batch_size."
-                ) from error
-            self._note(item[-1])
-            last = f"after sample {int(item[1][-1])}"
-            yield item
+    def _samples(self, reader: _Reader) -> Iterator[_Read]:
+        """Micro-batch after micro-batch, read here or ahead by worker processes.
+
+        The processes are no ``DataLoader`` workers: when one of those dies, a signal handler raises wherever this
+        process happens to be, be it in the middle of an optimizer step.
+        """
+        if not self.num_workers:
+            yield from map(reader, self._counters())
+            return
+        others, workers = set(multiprocessing.active_children()), set()
+        pool = ProcessPoolExecutor(self.num_workers, initializer=_start_worker, initargs=(reader,))
+        pending: deque[Future[_Read]] = deque()
+        first = self.start_update * self.batch_size
+        try:
+            for counters in self._counters():
+                pending.append(pool.submit(_read_in_worker, counters))
+                workers |= set(multiprocessing.active_children()) - others
+                if len(pending) > 2 * self.num_workers:
+                    read = pending.popleft().result()
+                    yield read
+                    first = read.counters[-1] + 1
+        except BrokenProcessPool as error:
+            pool.shutdown()  # waits until the exit codes are known
+            raise RuntimeError(
+                f"a data worker died ({_exits(workers)}) while it read sample {first} or a later one; "
+                "if the system ran out of memory, use fewer workers (num_workers) or a smaller batch_size"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _note(self, bad: dict[int, str]) -> None:
         for position, reason in bad.items():
@@ -143,37 +157,75 @@ class Loader:
                 f"{self.dataset.max_corrupt} allows; repair or remove them:\n  {listed}"
             )
 
-    def _batch(self, x: Tensor, index: Tensor, positions: Tensor, bad: dict[int, str]) -> Batch:
-        labels = self.dataset.labels
-        condition = Condition() if labels is None else Condition(labels=torch.from_numpy(labels)[positions])
-        x = x.to(self.device, non_blocking=True)
-        latents = self.codec.encode(x, draws=self.draws, index=index).latents
+    def _batch(self, read: _Read) -> Batch:
+        index, labels = torch.tensor(read.counters), self.dataset.labels
+        condition = Condition() if labels is None else Condition(labels=torch.from_numpy(labels[read.positions]))
+        latents = self.codec.encode(read.x.to(self.device), draws=self.draws, index=index).latents
         return Batch(latents, condition.to(self.device), index)
 
 
-class _Reader(torch.utils.data.Dataset):
-    """Reads a list of sample counters at once; lives in the worker processes."""
+@dataclass
+class _Read:
+    """One micro-batch as it was read."""
+
+    x: Tensor
+    """(B, C, H, W)"""
+    counters: list[int]
+    positions: list[int]
+    corrupt: dict[int, str]
+    """position -> what is wrong there"""
+
+
+class _Reader:
+    """Reads the samples of a list of counters; a corrupt one is replaced by the next that can be read."""
 
     def __init__(self, dataset: Dataset, draws: Draws) -> None:
         self.dataset, self.draws = dataset, draws
         self.order = Order(draws, len(dataset))
 
-    def __getitems__(self, counters: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, dict[int, str]]:
-        """(samples, counters, positions, corrupt positions with reasons)"""
-        bad: dict[int, str] = {}
-        samples, positions = zip(*(self._read(counter, bad) for counter in counters))
-        return torch.stack(samples), torch.tensor(counters), torch.tensor(positions), bad
+    def __call__(self, counters: list[int]) -> _Read:
+        corrupt: dict[int, str] = {}
+        samples, positions = zip(*(self._read(counter, corrupt) for counter in counters))
+        return _Read(torch.stack(samples), counters, list(positions), corrupt)
 
-    def _read(self, counter: int, bad: dict[int, str]) -> tuple[Tensor, int]:
+    def _read(self, counter: int, corrupt: dict[int, str]) -> tuple[Tensor, int]:
         start, size = self.order(counter), len(self.dataset)
-        for position in (*range(start, size), *range(start)):
+        for step in range(size):
+            position = (start + step) % size
             try:
                 return self.dataset.read(position, draws=self.draws, index=counter), position
             except CorruptImage as error:
-                bad[position] = str(error)
-            if len(bad) > self.dataset.max_corrupt * size:
-                break  # the loader is going to stop with the list
-        return torch.empty(self.dataset.sample_shape), start
+                corrupt[position] = str(error)
+            if len(corrupt) > self.dataset.max_corrupt * size:
+                break
+        return torch.empty(self.dataset.sample_shape), start  # never used: the loader stops with the list
+
+
+def _start_worker(reader: _Reader) -> None:
+    """Prepares a worker process: it leaves signals to the training process, and ends when that one does."""
+    global _reader
+    _reader = reader
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _read_in_worker(counters: list[int]) -> _Read:
+    return _reader(counters)
+
+
+def _exits(workers: set[BaseProcess]) -> str:
+    """How processes ended that did not end in an orderly way."""
+    codes = {w.exitcode for w in workers} - {None, 0, -signal.SIGTERM}
+    return ", ".join(signal.Signals(-c).name if c < 0 else f"exit code {c}" for c in codes if c) or "terminated"
 
 
 def _check_division(batch_size: int, accumulation: int, world_size: int, rank: int) -> None:
@@ -189,11 +241,3 @@ def _check_division(batch_size: int, accumulation: int, world_size: int, rank: i
             f"batch_size must be a multiple of accumulation * world_size = {accumulation} * {world_size} = {step}, "
             f"got {batch_size}; the nearest valid sizes are {' and '.join(map(str, near))}"
         )
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)

@@ -38,6 +38,7 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     max_tokens: int | None = None
     fsdp_methods: tuple[str, ...] = ()
     """methods beside ``forward`` to pass to ``register_fsdp_forward_method``"""
+    _scale_in_float32 = False
     SIZES: ClassVar[Mapping[str, Mapping[str, int]]]
     _official_prefixes: ClassVar[Mapping[str, str]]
     _official_arguments: ClassVar[Collection[str]]
@@ -68,6 +69,11 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         """The official constructor's arguments, read off the weights where ``given`` is silent."""
         return infer_config(state_dict, given, cls.SIZES)
 
+    @classmethod
+    def is_official(cls, state_dict: Mapping[str, Tensor]) -> bool:
+        """Whether every embedder of the official network is among the weights."""
+        return all(any(name.startswith(prefix) for name in state_dict) for prefix in cls._official_prefixes)
+
     def _add_trunk(self) -> None:
         """The modules that every backbone of this family has, from its registered config."""
         c = self.config
@@ -92,8 +98,6 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         )
         self.final_layer = FinalLayer(c.hidden_size, c.in_channels * c.patch_size**2)
         self.gradient_checkpointing = False
-
-    _scale_in_float32 = False
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as after construction; for models that were built on the meta device."""

@@ -23,13 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 from untwine.training.distributed import on_main, rank, together, world_size
 from untwine.training.manifest import (
@@ -342,11 +338,9 @@ def _inventory(path: Path, verify: bool) -> dict[str, TensorStorageMetadata]:
 
 
 def _fill(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    reader = HuggingFaceStorageReader(str(path))
     try:
-        load_shards(dict(tensors), storage_reader=reader, planner=planner, no_dist=not dist.is_initialized())
-    except CheckpointException as error:
+        LOCAL.read_tensors(path, tensors)
+    except Exception as error:  # as above
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
 
 

@@ -69,7 +69,7 @@ class Recipe:
     train: TrainConfig
     seed: int = 0
     codec: Component[Codec] = Component("untwine.codecs:codecs", "identity")
-    objective: Component[Objective] = Component("untwine.training.objectives:objectives", "flow_matching")
+    objective: Component[Objective] = Component("untwine.training.objectives:OBJECTIVES", "flow_matching")
     optimizer: OptimizerConfig = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=ConstantSchedule)
     ema: tuple[EMAProfile, ...] = (ConstantEMA(),)

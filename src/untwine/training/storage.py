@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 
@@ -42,13 +44,16 @@ class Storage:
         local = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                save_shards(local, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
-        except CheckpointException as error:
-            causes = [cause for cause, _ in error.failures.values()]
-            raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from error
+        with _plain_errors():
+            save_shards(local, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
+
+    def read_tensors(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Fills ``tensors`` in place from what any number of ranks wrote; collective."""
+        local = {name: tensor.detach() for name, tensor in tensors.items()}
+        reader = HuggingFaceStorageReader(str(folder))
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        with _plain_errors():
+            load_shards(local, storage_reader=reader, planner=planner, no_dist=not dist.is_initialized())
 
     def rename(self, source: Path, target: Path) -> None:
         """Renames a folder atomically."""
@@ -73,6 +78,18 @@ class Storage:
     def free(self, folder: Path) -> int:
         """Bytes that can still be written."""
         return shutil.disk_usage(folder).free
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raises what failed on some rank itself, an OSError first, and lets one process be one without a warning."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from error
 
 
 LOCAL = Storage()

@@ -198,7 +198,13 @@ class Trainer:
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        return {"step": self.step, "updates": self.networks.updates, "data": self.dataset.fingerprint()}
+        return {
+            "step": self.step,
+            "updates": self.networks.updates,
+            "data": self.dataset.fingerprint(),
+            "latent_shape": list(self.codec.latent_shape(self.dataset.sample_shape)),
+            "class_names": list(self.dataset.class_names),
+        }
 
     def _save(self) -> bool:
         try:

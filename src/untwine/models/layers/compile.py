@@ -14,11 +14,10 @@ def compile_blocks(model: nn.Module, **options: Any) -> list[nn.Module]:
     """Compiles every module whose class is named in ``model._repeated_blocks``, in place, as full graphs.
 
     The batch dimension is opaque to the compiler, so guidance (2B), single samples and B share one graph. Without
-    gradients a block that offers ``modulation`` is always handed one: a refreshed and a reused step then run the same
-    graph. Undone by :func:`decompile_blocks`.
+    gradients a block is always handed its modulation: a refreshed and a reused step then run the same graph. Undone by :func:`decompile_blocks`.
 
     Args:
-        model: a backbone.
+        model: a backbone over blocks ``(x, condition, context, modulation=None)`` with a method ``modulation``.
         options: passed to ``torch.compile``; ``fullgraph`` is True unless given.
 
     Returns:
@@ -46,17 +45,17 @@ def decompile_blocks(model: nn.Module) -> None:
 
 
 def _repeated(model: nn.Module) -> list[nn.Module]:
-    names = getattr(model, "_repeated_blocks", None) or ()
-    return [module for module in model.modules() if type(module).__name__ in names]
+    names = set(getattr(model, "_repeated_blocks", None) or ())
+    # The base classes count: fully_shard gives a module a subclass of its own class.
+    return [module for module in model.modules() if names.intersection(c.__name__ for c in type(module).__mro__)]
 
 
 def _entry(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
     """The call of a compiled block, with its inputs brought into the form that the graphs are specialised to."""
-    modulate = getattr(block, "modulation", None)
 
     def call(x: Tensor, condition: Tensor, context: Any, modulation: Tensor | None = None) -> Any:
-        if modulation is None and modulate is not None and not torch.is_grad_enabled():
-            modulation = modulate(condition)
+        if modulation is None and not torch.is_grad_enabled():
+            modulation = block.modulation(condition)  # type: ignore[operator]
         for value in (x, condition, modulation):
             if value is not None:
                 mark_unbacked(value, 0, shape_id="batch")

@@ -2,5 +2,5 @@
 
 from untwine.registry import Registry
 
-objectives = Registry("objective", {"flow_matching": "untwine.training.objectives.flow_matching:FlowMatching"})
-terms = Registry("loss term", {"flow": "untwine.training.objectives.flow_matching:FlowTerm"})
+OBJECTIVES = Registry("objective", {"flow_matching": "untwine.training.objectives.flow_matching:FlowMatching"})
+TERMS = Registry("loss term", {"flow": "untwine.training.objectives.flow_matching:FlowTerm"})

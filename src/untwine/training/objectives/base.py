@@ -35,7 +35,7 @@ class Objective(nn.Module):
     The trainer alone calls backward, clips and steps.
     """
 
-    kinds: ClassVar[str] = "untwine.training.objectives:objectives"
+    kinds: ClassVar[str] = "untwine.training.objectives:OBJECTIVES"
 
     def networks(self) -> dict[str, Role]:
         """Networks besides ``model``, by name."""
@@ -53,7 +53,7 @@ class Objective(nn.Module):
 class Term(nn.Module):
     """One summand of an objective. ``scale`` multiplies it in the total; the log shows it unscaled."""
 
-    kinds: ClassVar[str] = "untwine.training.objectives:terms"
+    kinds: ClassVar[str] = "untwine.training.objectives:TERMS"
     scale: float = 1.0
     sites: tuple[str, ...] = ()
     """features of the model that the term reads"""

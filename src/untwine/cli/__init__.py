@@ -1,0 +1,48 @@
+"""``untwine VERB``: one file a verb. Help is read from static tables, so that it imports neither torch nor diffusers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import untwine
+
+VERBS = {
+    "train": "train a recipe, or continue its run",
+    "sample": "draw images from a checkpoint into a folder",
+    "convert": "turn official weights, or a run, into a folder that loads anywhere",
+    "info": "what there is: models, recipes, solvers, checkpoints; or one of them in detail",
+}
+_USAGE = """usage: untwine VERB ...
+
+{verbs}
+
+untwine VERB --help shows the options of a verb; untwine --version the version.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb; the exit status is 0, 2 for a user's error, 130 for an interruption."""
+    args = sys.argv[1:] if argv is None else list(argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_USAGE.format(verbs="\n".join(f"  {verb:<8} {text}" for verb, text in VERBS.items())))
+        return 0
+    if args[0] in ("-V", "--version"):
+        print(f"untwine {untwine.__version__}")
+        return 0
+    if args[0] not in VERBS:
+        from untwine.registry import did_you_mean
+
+        print(f"untwine: unknown verb {args[0]!r}{did_you_mean(args[0], VERBS)}", file=sys.stderr)
+        return 2
+    verb = import_module(f"untwine.cli.{args[0]}")
+    try:
+        return verb.run(args[1:])
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get("UNTWINE_TRACEBACK"):
+            raise
+        print(f"untwine {args[0]}: {error}", file=sys.stderr)
+        return 2

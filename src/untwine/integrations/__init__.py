@@ -1,0 +1,1 @@
+"""Bridges to code and weights that are not ours."""

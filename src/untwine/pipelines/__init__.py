@@ -1,0 +1,5 @@
+"""User-facing tasks: thin subclasses of diffusers' ``DiffusionPipeline``."""
+
+from untwine.registry import Registry
+
+PIPELINES = Registry("pipeline", {"image": "untwine.pipelines.image:ImagePipeline"})

@@ -1,0 +1,205 @@
+"""Class-conditional and unconditional images from one backbone and its codec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from PIL import Image
+from torch import Tensor
+
+import untwine
+from untwine.codecs.base import Codec
+from untwine.config import from_dict
+from untwine.contracts import Condition, StepInfo, check_labels
+from untwine.diffusion.draws import Draws
+from untwine.diffusion.paths import Path
+from untwine.diffusion.sampling import Sampling, sample
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+
+
+class _Parts:
+    """The values of a pipeline's config, built strictly like a recipe's."""
+
+    def __init__(self, *, codec: Codec, path: Path, sampling: Sampling) -> None:
+        self.codec, self.path, self.sampling = codec, path, sampling
+
+
+class ImagePipeline(DiffusionPipeline):
+    """Images from a backbone: ``pipe(class_labels=[3, 7], guidance_scale=2.0).images``.
+
+    Everything besides the weights is plain data in ``model_index.json``.
+
+    Args:
+        model: a backbone of :mod:`untwine.models`.
+        codec: ``{"kind": ..., ...}`` of the codec the model was trained in.
+        path: ``{"kind": ..., ...}`` of the diffusion path.
+        sampling: default settings, the fields of :class:`~untwine.diffusion.sampling.Sampling`.
+        latent_shape: (C, H, W) of one latent.
+        class_names: for models with classes.
+        origin: where the weights come from: recipe, step, averages.
+    """
+
+    model_cpu_offload_seq = "model"
+
+    def __init__(
+        self,
+        model: ModelMixin,
+        codec: dict[str, Any] | None = None,
+        path: dict[str, Any] | None = None,
+        sampling: dict[str, Any] | None = None,
+        latent_shape: Sequence[int] | None = None,
+        class_names: Sequence[str] | None = None,
+        origin: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        config: dict[str, Any] = {
+            "codec": codec or {"kind": "identity"},
+            "path": path or {"kind": "linear"},
+            "sampling": sampling or {},
+        }
+        parts = from_dict(_Parts, config, "model_index")
+        self.codec, self.path, self.sampling = parts.codec, parts.path, parts.sampling
+        shape = latent_shape or (model.config["in_channels"], 32, 32)
+        self.latent_shape: tuple[int, ...] = tuple(shape)
+        self.class_names = list(class_names or [])
+        self.origin = dict(origin or {})
+        self.register_modules(model=model)
+        # The public name of the class, not the module it happens to live in today.
+        self.register_to_config(model=("untwine", type(model).__name__))
+        rest = {"latent_shape": list(shape), "class_names": self.class_names, "origin": self.origin}
+        self.register_to_config(**config, **rest)
+
+    @property
+    def num_classes(self) -> int:
+        """0 for an unconditional model."""
+        return int(self.model.config.get("num_classes", 0)) if self.model.accepts else 0
+
+    def settings(self, **changes: Any) -> Sampling:
+        """The default settings with those given (not None) replaced; all checked."""
+        return replace(self.sampling, **{name: value for name, value in changes.items() if value is not None})
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        *,
+        num_images: int | None = None,
+        seed: int | None = None,
+        first_image: int = 0,
+        sampling: Sampling | None = None,
+        size: tuple[int, int] | None = None,
+        refresh: Sequence[int] | None = None,
+        on_step: Callable[[StepInfo, Tensor], bool | None] | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draws images; image k is a function of (seed, first_image + k, label, settings), whatever the batch.
+
+        Args:
+            class_labels: one per image, in [0, num_classes); default: the classes in turn.
+            guidance_scale: 1 = none; default: the pipeline's settings.
+            num_inference_steps: solver steps, >= 1; default: the pipeline's settings.
+            generator: its *seed* is taken, not its state; a list gives each image its own.
+            output_type: ``pil``, ``np`` (B, H, W, C) float in [0, 1], ``pt`` (B, C, H, W) in [0, 1] or ``latent``.
+            num_images: without labels, how many; default 1.
+            seed: instead of a generator; default 0.
+            first_image: counter of the first image, so that a long run can be made in parts.
+            sampling: all settings at once.
+            size: (height, width) of the latents, where it differs from the training size.
+            refresh: steps at which a decoupled backbone recomputes its encoder state.
+            on_step: hears each step; returning False cancels.
+
+        Raises:
+            ValueError: for labels, sizes, seeds or settings out of range, before anything is computed.
+        """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+        settings = sampling or self.sampling
+        changes = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
+        index, condition = self._request(class_labels, num_images, first_image)
+        shape = (self.latent_shape[0], *(size or self.latent_shape[1:]))
+        latents, guided = sample(
+            self.model,
+            condition,
+            shape,
+            index,
+            draws=_draws(generator, seed, len(index)),
+            sampling=settings,
+            path=self.path,
+            refresh=refresh,
+            on_step=on_step,
+            device=self._execution_device,
+        )
+        self.last_run = {"network_evaluations": guided.num_evaluations, "encoder_passes": guided.num_refreshes}
+        images = latents if output_type == "latent" else self.to_images(latents, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]
+
+    def to_images(self, latents: Tensor, output_type: OutputType = "pil") -> Any:
+        """Decoded and rounded to 8 bits (``round(127.5 x + 127.5)``, as DiT and DDT do), in the requested form."""
+        low, high = self.codec.value_range
+        unit = ((self.codec.decode(latents).float() - low) / (high - low)).clamp(0, 1)
+        pixels = (unit * 255).round()
+        if output_type == "pt":
+            return pixels / 255
+        array = pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return array.astype(np.float32) / 255 if output_type == "np" else [to_pil(image) for image in array]
+
+    def _request(
+        self, class_labels: int | Sequence[int] | Tensor | None, num_images: int | None, first_image: int
+    ) -> tuple[Tensor, Condition]:
+        """Counters and condition of the requested images."""
+        if class_labels is not None and not self.num_classes:
+            raise ValueError(f"class_labels were given, but this {type(self.model).__name__} is unconditional")
+        if isinstance(class_labels, int):
+            class_labels = [class_labels] * (num_images or 1)
+        count = (num_images or 1) if class_labels is None else len(class_labels)
+        if count < 1 or (num_images is not None and count != num_images):
+            raise ValueError(f"num_images must be >= 1 and equal the number of class_labels, got {num_images} and {count}")
+        index = torch.arange(first_image, first_image + count)
+        if not self.num_classes:
+            return index, Condition()
+        if class_labels is None:
+            return index, Condition(labels=index % self.num_classes)
+        return index, Condition(labels=check_labels(class_labels, self.num_classes))
+
+
+class _PerImage:
+    """Draws of images that each have a seed of their own."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.each = [Draws(seed) for seed in seeds]
+
+    def normal(self, name: str, shape: Sequence[int], index: Any, *, device: Any = None) -> Tensor:
+        return torch.cat([draws.normal(name, shape, [0]) for draws in self.each]).to(device or "cpu")
+
+
+def _draws(generator: torch.Generator | Sequence[torch.Generator] | None, seed: int | None, count: int) -> Any:
+    if generator is None:
+        return Draws(0 if seed is None else seed)
+    if seed is not None:
+        raise ValueError("give seed or generator, not both")
+    if isinstance(generator, torch.Generator):
+        return Draws(generator.initial_seed())
+    if len(generator) != count:
+        raise ValueError(f"generator: a list must have one per image, got {len(generator)} for {count} images")
+    return _PerImage([g.initial_seed() for g in generator])
+
+
+def to_pil(image: np.ndarray) -> Image.Image:
+    """(H, W, C) uint8 as a picture; one channel is grey."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def provenance() -> dict[str, str]:
+    """Versions that a saved result names."""
+    return {"untwine": untwine.__version__, "torch": torch.__version__}
