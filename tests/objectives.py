@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from untwine.contracts import Batch, Draw, Loss, Output
 from untwine.diffusion.draws import Draws
 from untwine.training.objectives import OBJECTIVES, TERMS
-from untwine.training.objectives.base import Objective, Role, Term
+from untwine.training.objectives.base import Role, Term
 from untwine.training.objectives.flow_matching import FlowMatching
 from untwine.training.optim import AdamW
 

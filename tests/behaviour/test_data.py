@@ -19,7 +19,6 @@ from tests.behaviour.pictures import broken_files, folder_of, picture, save
 from untwine.codecs.identity import IdentityCodec
 from untwine.config import Component
 from untwine.contracts import cat
-from untwine.data import datasets
 from untwine.data.base import CorruptImage, Dataset, Subset
 from untwine.data.digits import Digits
 from untwine.data.folder import ImageFolder
@@ -31,7 +30,7 @@ from untwine.diffusion.draws import Draws
 def test_digits():
     from sklearn.datasets import load_digits
 
-    digits, source = Component("untwine.data:datasets", "digits").build(), load_digits()
+    digits, source = Component("untwine.data:DATASETS", "digits").build(), load_digits()
     assert (len(digits), digits.sample_shape, digits.num_classes) == (1797, (1, 8, 8), 10)
     x = torch.stack([digits.read(i) for i in range(1797)])
     assert torch.allclose(x[:, 0], torch.tensor(source.images / 8 - 1, dtype=torch.float32), atol=1e-6)
@@ -40,13 +39,13 @@ def test_digits():
     assert Digits(16).read(0).shape == (1, 16, 16)
 
 
-@pytest.fixture(params=sorted(datasets))
+@pytest.fixture(params=sorted(DATASETS))
 def dataset(request, tmp_path):
     if request.param == "folder":
         folder_of(tmp_path / "a", 9)
         folder_of(tmp_path / "b", 4)
     options = {"folder": {"root": str(tmp_path), "resolution": 8}}.get(request.param, {})
-    return Component("untwine.data:datasets", request.param, options).build()
+    return Component("untwine.data:DATASETS", request.param, options).build()
 
 
 def test_every_registered_data_set_keeps_the_contract(dataset):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from untwine.training.ema import EMA, ConstantEMA, EMAProfile, HalflifeEMA, PowerEMA, profiles
+from untwine.training.ema import EMA, PROFILES, ConstantEMA, EMAProfile, HalflifeEMA, PowerEMA
 
 
 def profile_weights(profile: EMAProfile, steps: int, batch_size: int = 1) -> torch.Tensor:
@@ -67,11 +67,11 @@ def test_half_life_ramps_up():
 
 
 def test_registered_profiles_stay_between_old_and_new():
-    for name in profiles:
-        profile = profiles[name]()
+    for name in PROFILES:
+        profile = PROFILES[name]()
         assert all(0 <= profile.decay_at(step, 32) < 1 for step in (1, 2, 100, 10**7))
-        assert issubclass(profiles[name], EMAProfile)
-        assert profiles.name_of(type(profile)) == name
+        assert issubclass(PROFILES[name], EMAProfile)
+        assert PROFILES.name_of(type(profile)) == name
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from untwine.training.optim import (
+    OPTIMIZERS,
+    SCHEDULES,
     AdamW,
     ConstantSchedule,
     CosineSchedule,
@@ -17,8 +19,6 @@ from untwine.training.optim import (
     OptimizerConfig,
     Schedule,
     clip_grad_norm,
-    optimizers,
-    schedules,
 )
 
 
@@ -56,18 +56,18 @@ def run(config: OptimizerConfig, steps: range, resumed: tuple | None = None):
     )
 
 
-@pytest.mark.parametrize("name", optimizers)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("stop", [0, 1, 5])
 def test_resume_is_bitwise(name, stop):
-    config = optimizers[name]()
+    config = OPTIMIZERS[name]()
     whole, parts = run(config, range(10)), run(config, range(stop, 10), resumed=run(config, range(stop)))
     for a, b in zip(whole, parts):
         assert all(torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.mark.parametrize("name", optimizers)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_is_flat_named_and_float32_from_the_start(name):
-    before, after = (run(optimizers[name](), range(steps))[1] for steps in (0, 2))
+    before, after = (run(OPTIMIZERS[name](), range(steps))[1] for steps in (0, 2))
     assert before.keys() == after.keys()
     parameters = dict(network().named_parameters())
     assert {key.rpartition(".")[0] for key in before} == parameters.keys()
@@ -151,9 +151,9 @@ def test_bad_values(make, message):
         make()
 
 
-@pytest.mark.parametrize("name", schedules)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_warm_up_and_end(name):
-    schedule = schedules[name](warmup_steps=4)
+    schedule = SCHEDULES[name](warmup_steps=4)
     assert isinstance(schedule, Schedule)
     assert [schedule.multiplier(step, 20) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert schedule.multiplier(4, 20) == 1

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from untwine.contracts import Condition
-from untwine.models import models
+from untwine.models import MODELS
 from untwine.models.layers.basic import RMSNorm
 from untwine.models.layers.embeddings import patchify, unpatchify
 from untwine.models.layers.rope import image_positions, rope_tables, rotate
@@ -20,22 +20,22 @@ OPTIONS: dict[str, dict[str, Any]] = {"ddt": {"depth": 5, "encoder_depth": 3}, "
 
 
 def subject(name: str, **overrides: Any) -> Subject:
-    return Subject(lambda: models[name](**{**SMALL, **OPTIONS.get(name, {}), **overrides}))
+    return Subject(lambda: MODELS[name](**{**SMALL, **OPTIONS.get(name, {}), **overrides}))
 
 
-@pytest.mark.parametrize("name", models)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("check", (*CHECKS, *DIFFUSERS_CHECKS), ids=lambda check: check.__name__)
 def test_backbone(name, check):
     check(subject(name))
 
 
-@pytest.mark.parametrize("name", [name for name in models if models[name].decoupled])
+@pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name].decoupled])
 @pytest.mark.parametrize("check", DECOUPLED_CHECKS, ids=lambda check: check.__name__)
 def test_decoupled_backbone(name, check):
     check(subject(name))
 
 
-@pytest.mark.parametrize("name", models)
+@pytest.mark.parametrize("name", MODELS)
 def test_unconditional(name):
     model = subject(name, num_classes=0).model()
     x, t, _ = subject(name).inputs(model)
@@ -45,7 +45,7 @@ def test_unconditional(name):
     assert "labels" in refusal(lambda: model(x, t, Condition(labels=torch.zeros(3, dtype=torch.long))))
 
 
-@pytest.mark.parametrize("name", models)
+@pytest.mark.parametrize("name", MODELS)
 def test_null_is_the_last_row_of_the_table(name):
     model = subject(name).model()
     x, t, condition = subject(name).inputs(model)
@@ -58,7 +58,7 @@ def test_null_is_the_last_row_of_the_table(name):
     assert not torch.equal(changed, model(x, t, null).sample)
 
 
-@pytest.mark.parametrize("name", models)
+@pytest.mark.parametrize("name", MODELS)
 def test_time_per_token(name):
     model = subject(name).model()
     x, t, condition = subject(name).inputs(model)
@@ -69,7 +69,7 @@ def test_time_per_token(name):
     assert not torch.allclose(model(x, per_token, condition).sample, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", models)
+@pytest.mark.parametrize("name", MODELS)
 def test_mask_of_as_many_rows_as_samples_is_not_a_padding_mask(name):
     model = subject(name).model()
     x, t, condition = subject(name).inputs(model, batch=6)  # 6 tokens as well
@@ -98,7 +98,7 @@ def test_masks_of_single_blocks():
     assert "4 entries" in refusal(lambda: model(x, t, condition, attention_mask=[mask] * 4))
 
 
-@pytest.mark.parametrize("name", models)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "shape, message",
     [((1, 3, 5, 6), "4 x 6"), ((1, 3, 4, 7), "4 x 8"), ((1, 2, 4, 4), "(B, 3, H, W)"), ((1, 3, 4), "(B, 3, H, W)")],
@@ -108,7 +108,7 @@ def test_bad_sample(name, shape, message):
     assert message in refusal(lambda: model(torch.zeros(shape), torch.zeros(1), Condition(labels=torch.tensor([0]))))
 
 
-@pytest.mark.parametrize("name", models)
+@pytest.mark.parametrize("name", MODELS)
 def test_bad_time_and_labels(name):
     model = subject(name).model()
     x, t, condition = subject(name).inputs(model)
@@ -137,11 +137,11 @@ def test_bad_options(override, message):
 def test_published_sizes(name, size, count):
     """Parameter counts of the published models, counted from the official code."""
     with torch.device("meta"):
-        model = models[name].from_size(size)
-        smaller = models[name].from_size(size, num_classes=0)
+        model = MODELS[name].from_size(size)
+        smaller = MODELS[name].from_size(size, num_classes=0)
     assert sum(p.numel() for p in model.parameters()) == count
     assert sum(p.numel() for p in smaller.parameters()) == count - 1001 * model.config.hidden_size
-    assert "did you mean 'XL'" in refusal(lambda: models[name].from_size("XLL"))
+    assert "did you mean 'XL'" in refusal(lambda: MODELS[name].from_size("XLL"))
 
 
 def test_initialisation():

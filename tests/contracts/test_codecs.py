@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from untwine.codecs import codecs
+from untwine.codecs import CODECS
 from untwine.codecs.base import Codec
 from untwine.codecs.identity import IdentityCodec
 from untwine.config import Component, from_dict, to_dict
@@ -12,9 +12,9 @@ from untwine.diffusion.draws import Draws
 SAMPLE = (3, 16, 16)
 
 
-@pytest.fixture(params=sorted(codecs))
+@pytest.fixture(params=sorted(CODECS))
 def codec(request):
-    return Component("untwine.codecs:codecs", request.param).build()
+    return Component("untwine.codecs:CODECS", request.param).build()
 
 
 def samples(count=3, shape=SAMPLE):
@@ -42,7 +42,7 @@ def test_a_row_depends_on_its_counter_alone(codec):
 
 
 def test_default_options_survive_a_round_trip(codec):
-    component = Component("untwine.codecs:codecs", codecs.name_of(type(codec)))
+    component = Component("untwine.codecs:CODECS", CODECS.name_of(type(codec)))
     data = component.to_dict()
     options = {k: v for k, v in data.items() if k != "kind"}
     assert Component(component.registry, data["kind"], options).to_dict() == data

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 
 from untwine.contracts import Condition
-from untwine.models import models
+from untwine.models import MODELS
 from untwine.models.layers.compile import compile_blocks
 
 WORLD = 2
@@ -27,16 +27,16 @@ OPTIONS = {
 }
 
 
-def build(name: str) -> nn.Module:
+def build(name: str) -> Any:
     """The same randomised model on every rank."""
     torch.manual_seed(0)
-    model = models[name](**OPTIONS[name])
+    model = MODELS[name](**OPTIONS[name])
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model
 
 
-def shard(model: nn.Module) -> nn.Module:
+def shard(model: Any) -> Any:
     """As a trainer does it: each block, then the root, then the methods that the classes name."""
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     mesh = init_device_mesh("cpu", (WORLD,))
@@ -79,23 +79,30 @@ def sampled(model: Any) -> Tensor:
     return forward(model) + reused
 
 
-def compiled(model: Any) -> Tensor:
+def compile_then_shard(model: Any) -> Any:
     compile_blocks(model, backend="aot_eager")
-    return sampled(model)
+    return shard(model)
 
 
-CASES: tuple[tuple[str, Callable[[Any], Tensor]], ...] = (
-    ("ddt", forward),
-    ("ddt", split),
-    ("ddt", sampled),
-    ("ddt", compiled),
-    ("improved_dit", forward),
+def shard_then_compile(model: Any) -> Any:
+    shard(model)
+    compile_blocks(model, backend="aot_eager")
+    return model
+
+
+CASES: tuple[tuple[str, Callable[[Any], Any], Callable[[Any], Tensor]], ...] = (
+    ("ddt", shard, forward),
+    ("ddt", shard, split),
+    ("ddt", shard, sampled),
+    ("ddt", compile_then_shard, sampled),
+    ("ddt", shard_then_compile, sampled),
+    ("improved_dit", shard, forward),
 )
 
 
-def compare(name: str, run: Callable[[Any], Tensor]) -> None:
+def compare(name: str, prepare: Callable[[Any], Any], run: Callable[[Any], Tensor]) -> None:
     """Raises on the first difference between a sharded and a whole model in two steps."""
-    plain, sharded = build(name), shard(build(name))
+    plain, sharded = build(name), prepare(build(name))
     assert all(isinstance(p, DTensor) for p in sharded.parameters())
     for _ in range(2):
         expected, got = run(plain), run(sharded)
@@ -112,11 +119,11 @@ def rank_main(rank: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    for name, run in CASES:
+    for name, prepare, run in CASES:
         try:
-            compare(name, run)
+            compare(name, prepare, run)
         except Exception as error:
-            raise AssertionError(f"rank {rank}: {name}, {run.__name__}: {error}") from error
+            raise AssertionError(f"rank {rank}: {name}, {prepare.__name__}, {run.__name__}: {error}") from error
     dist.barrier()
     dist.destroy_process_group()
 

@@ -25,7 +25,6 @@ from untwine.training.checkpoint import (
     recover,
     save,
 )
-from untwine.training.locking import lock
 from untwine.training.storage import Storage
 
 
@@ -105,9 +104,9 @@ def test_a_save_interrupted_at_every_operation(tmp_path, crash, replace):
         if storage.calls <= healthy:
             break
         interrupted += 1
-        with lock(root):
-            assert check_loads(latest(root)) in allowed
-            put(root, 4)
+        recover(root)
+        assert check_loads(latest(root)) in allowed
+        put(root, 4)
         assert not list(root.glob("*.tmp-*"))
         assert check_loads(latest(root)) == 4
     assert interrupted >= 12
@@ -174,7 +173,7 @@ def save_forever(root: Path, committed) -> None:
 
 
 def test_kill_nine_while_saving(tmp_path):
-    """Thirty real kills at random moments, each followed by a new owner of the folder."""
+    """Thirty real kills at random moments, each followed by what the next start does."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([save_forever.__module__])
     rng = random.Random(0)
@@ -191,8 +190,8 @@ def test_kill_nine_while_saving(tmp_path):
         while ours.poll():
             committed.append(ours.recv())
         torn += bool(list(root.glob("*.tmp-*")))
-        with lock(root):
-            newest = latest(root)
+        recover(root)
+        newest = latest(root)
         filled = {"a": torch.zeros(20000, dtype=torch.int64)}
         load(newest, filled)
         step = read_state(newest)["step"]

@@ -46,8 +46,8 @@ def _assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 @pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)
 def test_resumed_equals_uninterrupted(tmp_path, changes):
-    # 150 training samples a epoch would end within the run: the data order crosses an epoch as well.
-    recipe = tiny(**{"train.validation": 1737, "train.num_steps": 9, **changes})
+    # 97 training samples: the run of 144 crosses the end of an epoch.
+    recipe = tiny(**{"train.validation": 1700, "train.num_steps": 9, **changes})
     whole = Trainer(recipe, tmp_path / "whole")
     start = _state(whole)
     whole.fit()
@@ -62,11 +62,13 @@ def test_resumed_equals_uninterrupted(tmp_path, changes):
     _assert_same(_state(whole), _state(parts))
     moved = [n for n, value in _state(whole).items() if n.startswith(("model.", "objective.", "critic.")) and not torch.equal(value, start[n])]
     assert len(moved) > 0.8 * sum(n.startswith(("model.", "objective.", "critic.")) for n in start)
-    _assert_same({"loss": torch.tensor(_losses(tmp_path / "whole"))}, {"loss": torch.tensor(_losses(tmp_path / "parts"))})
+    assert _last_line(tmp_path / "whole") == _last_line(tmp_path / "parts")
 
 
-def _losses(folder) -> list[float]:
-    return [line["loss"] for line in read_log(folder / "log.jsonl", "train")][-1:]
+def _last_line(folder) -> dict:
+    """The last validation, which saw the same held-out triples."""
+    line = read_log(folder / "log.jsonl", "validation")[-1]
+    return {name: value for name, value in line.items() if name != "seconds"}
 
 
 def test_workers_change_nothing(tmp_path):

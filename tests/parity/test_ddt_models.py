@@ -31,22 +31,28 @@ def test_ddt(case):
     assert isinstance(model, DDT)
     x, t, condition = arguments(case)
     state = model.encode(x, t, condition)
-    case.check("state", state.tokens)
-    case.check("velocity", -model(x, t, condition).sample)
-    x_next, t_next, _ = arguments(case, "_next")
-    case.check("velocity_given_state", -model(x_next, t_next, condition, state=state).sample)
-    case.check("velocity_given_state", -model.decode(x_next, model.modulate(state)).sample)
-    mask = case.inputs["mask"]
-    case.check("velocity_masked", -model(x, t, condition, attention_mask=mask).sample)
-    case.check("state_masked", model.encode(x, t, condition, attention_mask=mask).tokens)
+    mask = case.inputs.get("mask")
+    masked = model.encode(x, t, condition, attention_mask=mask)
+    results = {
+        "state": state.tokens,
+        "velocity": -model(x, t, condition).sample,
+        "state_masked": masked.tokens,
+        "velocity_masked": -model(x, t, condition, attention_mask=mask).sample,
+    }
+    if "x_next" in case.inputs:
+        x_next, t_next, _ = arguments(case, "_next")
+        results["velocity_given_state"] = -model(x_next, t_next, condition, state=state).sample
+        case.check("velocity_given_state", -model.decode(x_next, model.modulate(state)).sample)
+    for name in case.outputs:
+        case.check(name, results[name])
 
 
 @pytest.mark.parametrize("case", cases("ddt", klass="DiT", file=DIT_FILE), ids=str)
 def test_improved_dit(case):
     model = untwine.from_official("ddt", case.state, case.kwargs)
     assert isinstance(model, ImprovedDiT)
-    masks = [case.inputs["mask"]] if "mask" in case.inputs else None
-    case.check("velocity", -model(*arguments(case), attention_mask=masks).sample)
+    assert case.inputs.keys() == {"x", "t", "y"}, "a case with masks needs a test of its own"
+    case.check("velocity", -model(*arguments(case)).sample)
 
 
 @pytest.mark.parametrize("case", cases("ddt", klass="precompute_freqs_cis_2d"), ids=str)

@@ -2,4 +2,4 @@
 
 from untwine.registry import Registry
 
-codecs = Registry("codec", {"identity": "untwine.codecs.identity:IdentityCodec"})
+CODECS = Registry("codec", {"identity": "untwine.codecs.identity:IdentityCodec"})

@@ -31,7 +31,7 @@ class Codec(ABC):
     Normalisation belongs to the codec, and its statistics to the codec's options.
     """
 
-    kinds: ClassVar[str] = "untwine.codecs:codecs"
+    kinds: ClassVar[str] = "untwine.codecs:CODECS"
     value_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     """of decoded samples"""
     causal_time: ClassVar[bool] = False

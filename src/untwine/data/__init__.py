@@ -2,7 +2,7 @@
 
 from untwine.registry import Registry
 
-datasets = Registry(
+DATASETS = Registry(
     "dataset",
     {
         "digits": "untwine.data.digits:Digits",

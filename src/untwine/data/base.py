@@ -19,7 +19,7 @@ class CorruptImage(ValueError):
 class Dataset(ABC):
     """Samples by position, with optional class labels or captions."""
 
-    kinds: ClassVar[str] = "untwine.data:datasets"
+    kinds: ClassVar[str] = "untwine.data:DATASETS"
     num_classes: int = 0
     """0 = no classes"""
     class_names: tuple[str, ...] = ()

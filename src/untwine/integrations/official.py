@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from untwine.models import models
+from untwine.models import MODELS
 from untwine.registry import did_you_mean
 
 NETWORKS: Mapping[str, tuple[str, ...]] = {"ddt": ("ddt", "improved_dit")}
@@ -129,10 +129,10 @@ def _network(slug: str, weights: Mapping[str, Tensor], network: str | None) -> t
     if network is not None:
         if network not in names:
             raise ValueError(f"network: {slug} has no {network!r}{did_you_mean(network, list(names))}")
-        return network, models[network]
+        return network, MODELS[network]
     for name in names:
-        if models[name].is_official(weights):
-            return name, models[name]
+        if MODELS[name].is_official(weights):
+            return name, MODELS[name]
     raise ValueError(
         f"state_dict has the parameters of none of {slug}'s networks ({', '.join(names)}); it begins with "
         f"{sorted(weights)[:5]}. Name the network to see what is missing"
@@ -143,14 +143,14 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
     if not path.is_file():
         raise ValueError(f"source: no file at {path}")
     try:
-        loaded = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
+        loaded: Any = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
     except pickle.UnpicklingError as error:
         raise ValueError(_refusal(path, str(error))) from error
-    except (SafetensorError, RuntimeError, EOFError, KeyError) as error:
+    except (SafetensorError, RuntimeError, OSError, EOFError, KeyError) as error:
         raise ValueError(f"source: {path} is damaged or no checkpoint: {error}") from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"source: {path} holds a {type(loaded).__name__}, not a state dict or Lightning checkpoint")
-    inner = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), Mapping)), loaded)
+    inner: Mapping[str, Any] = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), Mapping)), loaded)
     return select_weights(inner)
 
 

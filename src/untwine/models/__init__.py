@@ -2,7 +2,7 @@
 
 from untwine.registry import Registry
 
-models = Registry(
+MODELS = Registry(
     "model",
     {
         "ddt": "untwine.models.ddt:DDT",

@@ -44,6 +44,7 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     _official_arguments: ClassVar[Collection[str]]
 
     config: Any
+    _gradient_checkpointing_func: Any
     blocks: nn.ModuleList
 
     @classmethod

@@ -152,7 +152,8 @@ class DDT(Backbone):
         They depend on the state alone, so a state that serves several steps need not have them computed in each. The
         result is bitwise the same; the memory is :meth:`modulation_bytes`.
         """
-        given = [self.blocks[i].modulation(state.tokens) for i in self.parts["decoder"]]
+        blocks: Any = self.blocks
+        given = [blocks[i].modulation(state.tokens) for i in self.parts["decoder"]]
         return replace(state, modulations=(*given, self.final_layer.modulation(state.tokens)))
 
     def modulation_bytes(self, state: EncoderState) -> int:
@@ -195,7 +196,9 @@ class DDT(Backbone):
             ValueError: for a method of diffusers that takes all blocks for one stream, or if neither part has the two
                 blocks that first-block caching needs.
         """
-        from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, MagCacheConfig, apply_first_block_cache
+        from diffusers.hooks.first_block_cache import FirstBlockCacheConfig, apply_first_block_cache
+        from diffusers.hooks.hooks import HookRegistry
+        from diffusers.hooks.mag_cache import MagCacheConfig
 
         if isinstance(config, MagCacheConfig):
             raise ValueError("config: MagCache takes all blocks for one residual stream; use FirstBlockCacheConfig")

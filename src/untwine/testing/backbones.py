@@ -136,6 +136,21 @@ def check_bfloat16(subject: Subject) -> None:
     assert model(x.bfloat16(), t, condition).sample.dtype == torch.bfloat16
 
 
+def check_autocast(subject: Subject) -> None:
+    """Under autocast the float32 parameters compute in bfloat16 without casts of the model's own."""
+    model = subject.model()
+    inputs = subject.inputs(model)
+    expected = model(*inputs).sample
+    dtypes = set()
+    for block in repeated_blocks(model):
+        block.register_forward_hook(lambda _m, _a, out: dtypes.add(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(*inputs).sample
+    assert dtypes == {torch.bfloat16}, f"blocks return {dtypes}"
+    assert got.dtype == torch.float32
+    assert 0 < (got - expected).abs().max() < 0.1 * expected.abs().max()
+
+
 def check_time_is_float32(subject: Subject) -> None:
     """In bfloat16 two times that round to one bfloat16 number still give two embeddings, equal to float32's."""
     model = subject.model()
@@ -193,7 +208,7 @@ def check_condition_errors(subject: Subject) -> None:
     """Missing and unknown entries of the condition are refused by name, and ``null`` refuses what it does not know."""
     model = subject.model()
     x, t, condition = subject.inputs(model)
-    for key in condition.keys():
+    for key in sorted(condition.keys()):
         message = refusal(lambda key=key: model(x, t, condition.drop(key)))
         assert key in message, f"the error does not name {key}: {message}"
     stranger = Condition(labels=condition.labels, vectors={**condition.vectors, "stranger": torch.zeros(len(x), 1, 2)})
@@ -361,7 +376,7 @@ def check_layerwise_casting(subject: Subject) -> None:
 @torch.no_grad()
 def check_first_block_cache(subject: Subject) -> None:
     """On a repeated input with a generous threshold the later blocks rest and the sample stays."""
-    from diffusers import FirstBlockCacheConfig
+    from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
 
     model = subject.model()
     inputs = subject.inputs(model)
@@ -380,7 +395,7 @@ def check_first_block_cache(subject: Subject) -> None:
 @torch.no_grad()
 def check_taylorseer_cache(subject: Subject) -> None:
     """Predicted steps skip the attention, and on a repeated input predict it exactly."""
-    from diffusers import TaylorSeerCacheConfig
+    from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 
     model = subject.model()
     inputs = subject.inputs(model)
@@ -412,7 +427,8 @@ def count_attention(model: Any) -> list[int]:
     calls: list[int] = []
     for name, site in model.sites().items():
         if site.kind == "attention":
-            model.get_submodule(name).qkv.register_forward_hook(lambda *_: calls.append(1))
+            first = next(m for m in model.get_submodule(name).modules() if isinstance(m, nn.Linear))
+            first.register_forward_hook(lambda *_: calls.append(1))
     return calls
 
 
@@ -431,6 +447,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_meta_device,
     check_save_and_load,
     check_bfloat16,
+    check_autocast,
     check_time_is_float32,
     check_batch_independence,
     check_gradients,

@@ -171,7 +171,7 @@ def autocast(model: nn.Module, plan: ParallelConfig, device: torch.device) -> Ab
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees gathered weights, so that the next forward pass sees what was written to the sharded ones."""
+    """Frees weights that an interrupted forward pass left gathered, so that the sharded ones can be read and written."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -204,7 +204,8 @@ def _shard(model: nn.Module, blocks: list[nn.Module], plan: ParallelConfig, mesh
         cast_forward_inputs=False,
     )
     for module in [*blocks, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # The root too: weights that stay gathered after an evaluation would hide what is then written to the shards.
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         for method in getattr(module, "fsdp_methods", ()):
             register_fsdp_forward_method(module, method)
 

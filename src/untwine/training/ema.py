@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from untwine.registry import Registry
 from untwine.training.distributed import reshard
 
-profiles = Registry(
+PROFILES = Registry(
     "EMA profile",
     {
         "constant": "untwine.training.ema:ConstantEMA",
@@ -31,7 +31,7 @@ profiles = Registry(
 class EMAProfile:
     """How much of an average survives a step."""
 
-    kinds: ClassVar[str] = "untwine.training.ema:profiles"
+    kinds: ClassVar[str] = "untwine.training.ema:PROFILES"
 
     def decay_at(self, step: int, batch_size: int) -> float:
         """The factor in [0, 1) of the old average at ``step`` >= 1 with ``batch_size`` images a step."""

@@ -10,8 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from untwine.training.checkpoint import recover
-from untwine.training.distributed import on_main
+from untwine.training.distributed import on_main, rank
 from untwine.training.manifest import CheckpointError
 
 LOCK = "run.lock"
@@ -23,7 +22,7 @@ class FolderInUse(CheckpointError):
 
 @contextmanager
 def lock(root: str | Path) -> Iterator[None]:
-    """Holds ``root`` for this run (collective), and first clears what a killed run left there.
+    """Holds ``root`` for this run; entering is collective.
 
     The lock of a dead process is taken over. Whether a process of another machine lives cannot be seen from here; its
     lock must be removed by hand.
@@ -35,10 +34,10 @@ def lock(root: str | Path) -> Iterator[None]:
     root = Path(root)
     mine = on_main(lambda: _acquire(root))
     try:
-        recover(root)
         yield
     finally:
-        on_main(lambda: _release(root, mine))
+        if rank() == 0:  # not together: a process that failed must not wait here for the others
+            _release(root, mine)
 
 
 def _acquire(root: Path) -> dict[str, Any]:

@@ -17,6 +17,14 @@ from untwine.training.optim import OptimizerSet, clip_grad_norm
 from untwine.training.recipe import Recipe
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, initial weights are a function of ``seed``; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**63)
+        yield
+
+
 class Networks:
     """Builds, parallelises, optimises and averages; :meth:`tensors` is everything that a checkpoint must hold.
 
@@ -46,8 +54,7 @@ class Networks:
         return self.modules["model"]
 
     def _build(self, init: Callable[[], nn.Module]) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.recipe.seed % 2**63)
+        with seeded(self.recipe.seed):
             return init().to(self.processes.device)
 
     def _parallelize(self) -> None:

@@ -15,14 +15,14 @@ from torch.optim import Optimizer
 
 from untwine.registry import Registry
 
-optimizers = Registry(
+OPTIMIZERS = Registry(
     "optimizer",
     {
         "adamw": "untwine.training.optim:AdamW",
         "muon": "untwine.training.optim:Muon",
     },
 )
-schedules = Registry(
+SCHEDULES = Registry(
     "learning rate schedule",
     {
         "constant": "untwine.training.optim:ConstantSchedule",
@@ -78,7 +78,7 @@ class OptimizerSet:
 class OptimizerConfig:
     """What builds an :class:`OptimizerSet`."""
 
-    kinds: ClassVar[str] = "untwine.training.optim:optimizers"
+    kinds: ClassVar[str] = "untwine.training.optim:OPTIMIZERS"
 
     def build(self, named_params: NamedParams) -> OptimizerSet:
         """The optimizer over those of ``named_params`` that require a gradient, their state zero.
@@ -172,7 +172,7 @@ class Muon(OptimizerConfig):
 class Schedule:
     """What the learning rate is multiplied with: a linear warm-up, then :meth:`_shape`."""
 
-    kinds: ClassVar[str] = "untwine.training.optim:schedules"
+    kinds: ClassVar[str] = "untwine.training.optim:SCHEDULES"
 
     warmup_steps: int = 0
 

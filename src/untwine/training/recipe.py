@@ -22,7 +22,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 class Model:
     """A backbone, chosen by name in a recipe."""
 
-    kinds: ClassVar[str] = "untwine.models:models"
+    kinds: ClassVar[str] = "untwine.models:MODELS"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Recipe:
     model: Component[Model]
     train: TrainConfig
     seed: int = 0
-    codec: Component[Codec] = Component("untwine.codecs:codecs", "identity")
+    codec: Component[Codec] = Component("untwine.codecs:CODECS", "identity")
     objective: Component[Objective] = Component("untwine.training.objectives:OBJECTIVES", "flow_matching")
     optimizer: OptimizerConfig = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=ConstantSchedule)

@@ -25,7 +25,7 @@ from untwine.training.checkpoint import CheckpointNotSaved, Report
 from untwine.training.distributed import Distributed
 from untwine.training.locking import lock
 from untwine.training.metering import LossMeter, RunLog
-from untwine.training.networks import Networks
+from untwine.training.networks import Networks, seeded
 from untwine.training.recipe import Recipe, differences
 from untwine.training.validation import Validation
 
@@ -82,7 +82,8 @@ class Trainer:
         self.codec = self.recipe.codec.build()
         self.dataset: Dataset = self.recipe.data.build()
         self.training_set, self.held_out = self.dataset.split(self.recipe.train.validation, self.recipe.seed)
-        self.objective = self.recipe.objective.build()
+        with seeded(self.recipe.seed):
+            self.objective = self.recipe.objective.build()
         self.recipe = self._fit_to_data(self.recipe)
         self.networks = Networks(self.recipe, self.objective, self.recipe.model.build, self.processes)
         self.step = 0
@@ -117,7 +118,11 @@ class Trainer:
             self.log = RunLog(self.out / "log.jsonl", enabled=self.processes.is_main)
             self._resume_or_start()
             validation = Validation(
-                self.held_out, self.codec, seed=self.recipe.seed, batch_size=train.batch_size, processes=self.processes
+                self.held_out,
+                self.codec,
+                seed=self.recipe.seed,
+                batch_size=max(train.batch_size, 256),
+                processes=self.processes,
             )
             meter = LossMeter(self.processes)
             saved = self.step if checkpoint.latest(self.checkpoints, verify=False) else -1

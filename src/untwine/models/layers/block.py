@@ -152,6 +152,4 @@ class FinalLayer(nn.Module):
         return self.linear(self.norm(x) * (1 + scale) + shift)
 
 
-TransformerBlockRegistry.register(
-    Block, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
-)
+TransformerBlockRegistry.register(Block, TransformerBlockMetadata(return_hidden_states_index=0))

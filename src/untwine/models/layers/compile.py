@@ -14,7 +14,8 @@ def compile_blocks(model: nn.Module, **options: Any) -> list[nn.Module]:
     """Compiles every module whose class is named in ``model._repeated_blocks``, in place, as full graphs.
 
     The batch dimension is opaque to the compiler, so guidance (2B), single samples and B share one graph. Without
-    gradients a block is always handed its modulation: a refreshed and a reused step then run the same graph. Undone by :func:`decompile_blocks`.
+    gradients a block is always handed its modulation: a refreshed and a reused step then run the same graph. Undone by
+    :func:`decompile_blocks`.
 
     Args:
         model: a backbone over blocks ``(x, condition, context, modulation=None)`` with a method ``modulation``.

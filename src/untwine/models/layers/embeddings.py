@@ -72,8 +72,9 @@ class TimestepEmbedding(nn.Module):
 
     def reset_parameters(self) -> None:
         """Normal weights of deviation 0.02; the biases keep the default of a linear layer."""
-        for layer in (self.mlp[0], self.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for layer in self.mlp:
+            if isinstance(layer, Linear):
+                nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, 1, D), or (B, N) -> (B, N, D): one time per sample or per token."""

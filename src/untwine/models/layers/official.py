@@ -1,8 +1,8 @@
 """From the checkpoints of github.com/MCG-NJU/DDT to ours: names, constructor arguments, signs.
 
 The official models run from noise at t' = 0 to data at t' = 1 and predict ``d x / d t'``. With t = 1 - t' the velocity
-changes sign (the last linear is negated) and the time embedder sees ``t - 1 = -t'`` (the sine columns are negated): both
-are exact in floating point.
+changes sign (the last linear is negated) and the time embedder sees ``t - 1 = -t'`` (the sine columns are negated).
+Both are exact in floating point.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def infer_config(
     """Official constructor arguments read off the weights; ``given`` ones win.
 
     The width, depth, number of heads and classes are in the shapes. The patch size and the encoder depth are not: they
-    come from ``given`` or from the published size of that width and depth.
+    come from ``given`` or from the published size of that width and depth, which has four channels.
 
     Raises:
         ValueError: naming the argument to give, where neither settles it; or if the weights are of another family.
@@ -130,7 +130,7 @@ def infer_config(
     depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
     found = {"hidden_size": width, "num_blocks": depth, "num_groups": width // head_dim, "num_classes": classes}
     known = next((s for s in sizes.values() if (s["hidden_size"], s["depth"]) == (width, depth)), None)
-    patch_size = given.get("patch_size", _patch_size(patch, given.get("in_channels"), known))
+    patch_size = given.get("patch_size") or _patch_size(patch, given.get("in_channels"), known)
     found |= {"patch_size": patch_size, "in_channels": patch // patch_size**2}
     if "s_embedder.proj.weight" in state_dict and "num_encoder_blocks" not in given:
         if known is None:
