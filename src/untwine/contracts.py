@@ -205,6 +205,8 @@ class EncoderState(_TensorValue):
     """(B,) the time it was computed at"""
     modulations: tuple[Tensor, ...] | None = None
     """per decoder block and final layer, what depends on the state alone; filled by ``model.modulate``"""
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """site -> (B, N, D), those asked of the encoder"""
 
 
 class PathLike(Protocol):

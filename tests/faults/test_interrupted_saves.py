@@ -24,6 +24,7 @@ from untwine.training.checkpoint import (
     read_state,
     recover,
     save,
+    verify,
 )
 from untwine.training.storage import Storage
 
@@ -79,6 +80,44 @@ class Failing(Storage):
         return self._call(super().free, lambda _: None, folder)
 
 
+class Noting(Storage):
+    """Notes what is done to which name."""
+
+    def __init__(self) -> None:
+        self.notes: list[tuple[str, str]] = []
+
+    def write_tensors(self, folder, tensors):
+        self.notes.append(("write", "tensors"))
+        super().write_tensors(folder, tensors)
+
+    def write(self, path, data):
+        self.notes.append(("write", path.name))
+        super().write(path, data)
+
+    def sync(self, folder):
+        self.notes.append(("sync", folder.name.partition(".tmp")[0]))
+        super().sync(folder)
+
+    def rename(self, source, target):
+        self.notes.append(("rename", target.name))
+        super().rename(source, target)
+
+    def delete(self, folder):
+        self.notes.append(("delete", folder.name.partition(".tmp")[0]))
+        super().delete(folder)
+
+
+def test_what_a_power_cut_may_take_is_flushed_first(root):
+    """The manifest after everything it lists, the rename after the folder, the old checkpoint after the new name."""
+    put(root, 1)
+    put(root, 2)
+    storage = Noting()
+    put(root, 3, storage=storage)
+    assert storage.notes[0] == ("write", "tensors")
+    assert storage.notes[3:7] == [("write", "manifest.json"), ("sync", "step-3"), ("rename", "step-3"), ("sync", "run")]
+    assert storage.notes[-1] == ("delete", "step-1")
+
+
 def prepared(root: Path, replace: bool) -> tuple[int, set[int]]:
     """Two checkpoints; the step saved next, and the steps that may be newest afterwards."""
     put(root, 1)
@@ -106,6 +145,7 @@ def test_a_save_interrupted_at_every_operation(tmp_path, crash, replace):
         interrupted += 1
         recover(root)
         assert check_loads(latest(root)) in allowed
+        assert all(verify(folder) for folder in root.iterdir()), "no half folder under a checkpoint's name"
         put(root, 4)
         assert not list(root.glob("*.tmp-*"))
         assert check_loads(latest(root)) == 4
@@ -152,7 +192,7 @@ def test_a_real_full_file_system(root):
     code = f"""
 import resource, signal, torch
 from pathlib import Path
-from untwine.training.checkpoint import CheckpointNotSaved, save
+from untwine.training.checkpoint import CheckpointNotSaved, save, verify
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 try:

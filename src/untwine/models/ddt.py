@@ -12,7 +12,7 @@ other sign (:meth:`DDT.from_official` moves both into the weights and the config
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,14 +23,6 @@ from untwine.contracts import Condition, EncoderState, Output, Site
 from untwine.models.base import Backbone
 from untwine.models.layers.embeddings import PatchEmbedding, unpatchify
 from untwine.models.layers.official import ARGUMENTS, PREFIXES
-
-
-@dataclass(frozen=True)
-class DDTState(EncoderState):
-    """The encoder's state together with the features that were asked of the encoder."""
-
-    features: dict[str, Tensor] = field(default_factory=dict)
-    """site -> (B, N, D)"""
 
 
 class DDT(Backbone):
@@ -99,7 +91,7 @@ class DDT(Backbone):
         *,
         attention_mask: Tensor | None = None,
         features: Collection[str] = (),
-    ) -> DDTState:
+    ) -> EncoderState:
         """The state of ``x`` at time t, valid for several decoder calls.
 
         Args:
@@ -114,7 +106,7 @@ class DDT(Backbone):
         time, embedded = self._embed_condition(x, t, condition)
         contexts = [self._context(x, attention_mask)] * self.config.encoder_depth
         hidden, taps = self._run("encoder", self.encoder_embedder(x), embedded, contexts, features)
-        return DDTState(tokens=self.state(time + hidden), hidden=hidden, t=t, features=taps)
+        return EncoderState(tokens=self.state(time + hidden), hidden=hidden, t=t, features=taps)
 
     def decode(
         self, x: Tensor, state: EncoderState, *, retime: Tensor | None = None, features: Collection[str] = ()
@@ -143,7 +135,7 @@ class DDT(Backbone):
         tokens, taps = self._run("decoder", tokens, state.tokens, contexts, features, given)
         patches = self.final_layer(tokens, state.tokens, last)
         sample = unpatchify(patches, self.config.patch_size, (x.shape[2], x.shape[3])).to(x.dtype)
-        return Output(sample, {**getattr(state, "features", {}), **taps})
+        return Output(sample, {**state.features, **taps})
 
     @torch.no_grad()
     def modulate(self, state: EncoderState) -> Any:
@@ -184,7 +176,7 @@ class DDT(Backbone):
         if state is None:
             state = self.encode(x, t, condition, attention_mask=attention_mask, features=encoder_sites)
             retime = False
-        elif lost := encoder_sites - getattr(state, "features", {}).keys():
+        elif lost := encoder_sites - state.features.keys():
             raise ValueError(f"features: {sorted(lost)} belong to the encoder, and the given state does not carry them")
         decoder_sites = [name for name in features if name not in encoder_sites]
         return self.decode(x, state, retime=t if retime else None, features=decoder_sites)

@@ -137,7 +137,7 @@ def check_bfloat16(subject: Subject) -> None:
 
 
 def check_autocast(subject: Subject) -> None:
-    """Under autocast the float32 parameters compute in bfloat16 without casts of the model's own."""
+    """Under autocast the blocks of a float32 model compute in bfloat16; the sample keeps the dtype of x."""
     model = subject.model()
     inputs = subject.inputs(model)
     expected = model(*inputs).sample
@@ -319,6 +319,8 @@ def check_given_state(subject: Subject) -> None:
     for handle in handles:
         handle.remove()
     equal(model.decode(x, state, retime=t * 0.3).sample, retimed, "decode and forward retime differently")
+    stale = model.decode(x, model.modulate(state), retime=t * 0.3).sample
+    equal(stale, retimed, "modulations of the old time survive retime")
 
 
 def check_adapter(subject: Subject) -> None:

@@ -171,7 +171,7 @@ def autocast(model: nn.Module, plan: ParallelConfig, device: torch.device) -> Ab
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees weights that an interrupted forward pass left gathered, so that the sharded ones can be read and written."""
+    """Frees weights that an interrupted forward pass left gathered, so that the shards can be read and written."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -66,7 +66,8 @@ class Networks:
                 parallelize(module, plan, self.processes)
         if list(self.objective.parameters()):
             strategy = resolve_strategy(plan, self.model, self.processes)
-            parallelize(self.objective, replace(plan, strategy=strategy, checkpointing=False, compile=False), self.processes)
+            own = replace(plan, strategy=strategy, checkpointing=False, compile=False, param_dtype="float32")
+            parallelize(self.objective, own, self.processes)
 
     def named_parameters(self, network: str) -> dict[str, Tensor]:
         """What the optimizer of a network updates, by checkpoint name."""

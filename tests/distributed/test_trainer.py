@@ -1,0 +1,109 @@
+"""The same recipe on one process, on two with replicas and on two with shards is the same training run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.distributed.spawn import run_ranks
+from tests.tiny import tiny
+from untwine.training.distributed import Distributed
+from untwine.training.metering import read_log
+from untwine.training.trainer import Trainer
+
+STEPS = 20
+STRATEGIES = ["ddp", "fsdp"]
+PROJECTOR = {"kind": "flow_matching", "terms": [{"kind": "test_projector"}]}
+
+
+def _full(value: torch.Tensor) -> torch.Tensor:
+    return (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+
+
+def train(processes: Distributed, changes: dict, folder: str, until: int | None = None) -> dict[str, torch.Tensor]:
+    """The whole state after training, gathered, and what this rank drew."""
+    seen = []
+    trainer = Trainer(tiny(**changes), folder, device="cpu")
+    condition = trainer.objective.condition
+
+    def spy(model, batch, draws):
+        if trainer.objective.training:
+            seen.append(batch.index.clone())
+        return condition(model, batch, draws)
+
+    trainer.objective.condition = spy
+    trainer.fit(until=until)
+    return {**{name: _full(value) for name, value in trainer.networks.tensors().items()}, "seen": torch.cat(seen)}
+
+
+def _changes(strategy: str = "auto", **more) -> dict:
+    return {
+        "train.num_steps": STEPS,
+        "train.save_every": 7,
+        "train.log_every": 5,
+        "train.accumulation": 2,
+        "train.clip_norm": 1.0,
+        "objective": PROJECTOR,
+        "train.parallel": {"strategy": strategy},
+        **more,
+    }
+
+
+def _distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], prefix: str) -> float:
+    a, b = (torch.cat([v.flatten() for k, v in state.items() if k.startswith(prefix)]) for state in (one, other))
+    return float((a - b).norm() / a.norm())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return train(Distributed(torch.device("cpu")), _changes(), str(folder)), read_log(folder / "log.jsonl")
+
+
+@pytest.mark.xdist_group("distributed")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_equal_one(alone, tmp_path, strategy):
+    single, log = alone
+    ranks = run_ranks(train, 2, _changes(strategy), str(tmp_path))
+    for prefix in ("model.", "objective.", "ema.0.", "ema.1."):
+        assert _distance(single, ranks[0], prefix) <= 1e-5, prefix
+    # Each micro-batch of one process is the two ranks' pieces in order: draws and order are identical.
+    pieces = torch.stack([rank["seen"].view(STEPS * 2, -1) for rank in ranks], 1)
+    assert torch.equal(pieces.flatten(), single["seen"])
+    theirs = read_log(tmp_path / "log.jsonl")
+    assert [line["step"] for line in theirs] == [line["step"] for line in log]
+    for ours, other in zip(log, theirs):
+        assert other["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+        assert other.get("grad_norm", 0) == pytest.approx(ours.get("grad_norm", 0), rel=1e-3)
+        assert other.get("lr") == ours.get("lr")
+
+
+@pytest.mark.xdist_group("distributed")
+def test_resume_on_another_number_of_processes(alone, tmp_path):
+    """Seven steps on one process, the next seven on two sharded ones, the rest on one."""
+    single, _ = alone
+    train(Distributed(torch.device("cpu")), _changes(), str(tmp_path), until=7)
+    run_ranks(train, 2, _changes("fsdp"), str(tmp_path), 14)
+    last = train(Distributed(torch.device("cpu")), _changes(), str(tmp_path))
+    assert last["seen"].numel() == 6 * 16
+    assert torch.equal(last["seen"], single["seen"][-6 * 16 :])
+    for prefix in ("model.", "ema.0."):
+        assert _distance(single, last, prefix) <= 1e-5
+
+
+@pytest.mark.xdist_group("distributed")
+def test_sharded_resume_is_bitwise(tmp_path):
+    whole = run_ranks(train, 2, _changes("fsdp", **{"train.num_steps": 6}), str(tmp_path / "whole"))
+    run_ranks(train, 2, _changes("fsdp", **{"train.num_steps": 6}), str(tmp_path / "parts"), 4)
+    parts = run_ranks(train, 2, _changes("fsdp", **{"train.num_steps": 6}), str(tmp_path / "parts"))
+    different = [k for k in whole[0] if k != "seen" and not torch.equal(whole[0][k], parts[0][k])]
+    assert not different
+
+
+@pytest.mark.xdist_group("distributed")
+def test_bf16_and_checkpointing_under_shards(tmp_path):
+    plan = {"strategy": "fsdp", "param_dtype": "bfloat16", "checkpointing": True}
+    ranks = run_ranks(train, 2, _changes(**{"train.num_steps": 3, "train.parallel": plan}), str(tmp_path))
+    assert all(value.isfinite().all() for value in ranks[0].values())
+    assert ranks[0]["model.blocks.0.mlp.w1.weight"].dtype == torch.float32
