@@ -17,7 +17,7 @@ from untwine.training.optim import AdamW
 
 
 class ProjectorTerm(Term):
-    """Aligns a projection of one block's tokens with the pooled clean sample; the projector is trained with the model."""
+    """Aligns a projection of one block's tokens with the pooled clean sample; the projector is trained as well."""
 
     def __init__(self, *, site: str = "blocks.1", width: int = 32, channels: int = 1, scale: float = 0.5) -> None:
         super().__init__()

@@ -28,7 +28,8 @@ def map_tensors(fn: Callable[..., Tensor], value: T, *others: T) -> T:
         return tuple(map_tensors(fn, v, *(o[i] for o in others)) for i, v in enumerate(value))  # type: ignore
     if is_dataclass(value) and not isinstance(value, type):
         changed = {
-            f.name: map_tensors(fn, getattr(value, f.name), *(getattr(o, f.name) for o in others)) for f in fields(value)
+            f.name: map_tensors(fn, getattr(value, f.name), *(getattr(o, f.name) for o in others))
+            for f in fields(value)
         }
         return replace(value, **changed)
     return value
@@ -263,7 +264,9 @@ def check_labels(labels: Sequence[int] | Tensor, num_classes: int) -> Tensor:
         raise ValueError(f"labels must be a list of integers, got shape {tuple(tensor.shape)} of {tensor.dtype}")
     if tensor.numel() and (tensor.min() < 0 or tensor.max() >= num_classes):
         bad = sorted({int(v) for v in tensor if v < 0 or v >= num_classes})[:5]
-        raise ValueError(f"labels must be within [0, {num_classes - 1}], got {bad}; this model has {num_classes} classes")
+        raise ValueError(
+            f"labels must be within [0, {num_classes - 1}], got {bad}; this model has {num_classes} classes"
+        )
     return tensor.to(torch.int64)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any
 
 
 class Registry(Mapping[str, Any]):
     """The named implementations of one extension point.
 
-    Iteration, ``in`` and ``len`` touch only the literal table; ``registry[name]`` imports the module.
-    An outside package adds its own with :meth:`register`; being listed is opting in to the contract tests.
+    Listing names imports nothing; ``registry[name]`` imports the module.
+    An outside package adds its own with :meth:`register`, from a module that it names in the entry-point group
+    ``untwine.plugins``: those are imported when a name is looked up that the table lacks.
 
     Raises:
         ValueError: on access to an unknown name; the message lists the known ones and the closest match.
@@ -23,7 +24,7 @@ class Registry(Mapping[str, Any]):
         self._table = dict(table)
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._table:
+        if name not in self:
             raise ValueError(f"unknown {self.noun} {name!r}{did_you_mean(name, self._table)}")
         module, _, attribute = self._table[name].partition(":")
         return getattr(import_module(module), attribute)
@@ -35,6 +36,8 @@ class Registry(Mapping[str, Any]):
         return len(self._table)
 
     def __contains__(self, name: object) -> bool:
+        if name not in self._table:
+            _load_plugins()
         return name in self._table
 
     def register(self, name: str, target: str) -> None:
@@ -50,6 +53,18 @@ class Registry(Mapping[str, Any]):
             if known == target:
                 return name
         raise ValueError(f"{cls.__qualname__} is not a registered {self.noun}; add {target!r} with register()")
+
+
+_plugins_loaded = False
+
+
+def _load_plugins() -> None:
+    """Imports the modules that installed packages name in ``untwine.plugins``, once."""
+    global _plugins_loaded
+    if not _plugins_loaded:
+        _plugins_loaded = True
+        for entry_point in metadata.entry_points(group="untwine.plugins"):
+            entry_point.load()
 
 
 def did_you_mean(word: str, known: Mapping[str, Any] | list[str]) -> str:

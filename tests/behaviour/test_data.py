@@ -19,6 +19,7 @@ from tests.behaviour.pictures import broken_files, folder_of, picture, save
 from untwine.codecs.identity import IdentityCodec
 from untwine.config import Component
 from untwine.contracts import cat
+from untwine.data import DATASETS
 from untwine.data.base import CorruptImage, Dataset, Subset
 from untwine.data.digits import Digits
 from untwine.data.folder import ImageFolder

@@ -184,7 +184,12 @@ def test_skipping_branches_changes_nothing(solver, refresh):
 
 def test_budget_turns_modulation_off():
     net, labels = Toy(), torch.tensor([1])
-    guided = Guided({"cond": Branch(net, Condition(labels=labels))}, lambda at, t: {"cond": 1.0}, path=LinearPath(), modulation_budget=0)
+    guided = Guided(
+        {"cond": Branch(net, Condition(labels=labels))},
+        lambda at, t: {"cond": 1.0},
+        path=LinearPath(),
+        modulation_budget=0,
+    )
     integrate(Euler(), guided, torch.ones(1, 5), TimeGrid(4).times(), path=LinearPath(), refresh=[0])
     assert net.modulated == 0
     assert net.encoded == 1
@@ -229,7 +234,12 @@ def test_driver_projects_reports_and_cancels():
 
     grid = TimeGrid(5).times()
     out = integrate(
-        Euler(), denoise, torch.zeros(1, 3), grid, path=LinearPath(), project=project,
+        Euler(),
+        denoise,
+        torch.zeros(1, 3),
+        grid,
+        path=LinearPath(),
+        project=project,
         on_step=lambda at, x: data_seen.append(at.step),
     )
     assert data_seen == [0, 1, 2, 3, 4]
@@ -260,8 +270,14 @@ BAD = [
     (lambda: discrete_grid(10, 11), "num_steps must be within"),
     (lambda: Draws(-1), "seed must be an integer"),
     (lambda: integrate(Euler("sde"), None, torch.zeros(1), TimeGrid(2).times(), path=LinearPath()), "pass noise"),
-    (lambda: integrate(Euler(), None, torch.zeros(1), TimeGrid(2).times(), path=LinearPath(), refresh=[1]), "first step"),
-    (lambda: integrate(Euler(), None, torch.zeros(1), TimeGrid(2).times(), path=LinearPath(), refresh=[0, 5]), "outside"),
+    (
+        lambda: integrate(Euler(), None, torch.zeros(1), TimeGrid(2).times(), path=LinearPath(), refresh=[1]),
+        "first step",
+    ),
+    (
+        lambda: integrate(Euler(), None, torch.zeros(1), TimeGrid(2).times(), path=LinearPath(), refresh=[0, 5]),
+        "outside",
+    ),
 ]
 
 

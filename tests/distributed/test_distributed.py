@@ -336,8 +336,8 @@ def test_impossible_plans(plan, message):
 
 def test_blocks_that_do_not_exist():
     model = nn.Linear(2, 2)
-    model._no_split_modules = ("Blok",)
-    with pytest.raises(ValueError, match="Blok"):
+    model._no_split_modules = ("Missing",)
+    with pytest.raises(ValueError, match="Missing"):
         parallelize(model, ParallelConfig(), ALONE)
 
 

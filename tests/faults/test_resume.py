@@ -60,7 +60,11 @@ def test_resumed_equals_uninterrupted(tmp_path, changes):
     assert result.step == 9
     assert parts.networks.updates == whole.networks.updates
     _assert_same(_state(whole), _state(parts))
-    moved = [n for n, value in _state(whole).items() if n.startswith(("model.", "objective.", "critic.")) and not torch.equal(value, start[n])]
+    moved = [
+        n
+        for n, value in _state(whole).items()
+        if n.startswith(("model.", "objective.", "critic.")) and not torch.equal(value, start[n])
+    ]
     assert len(moved) > 0.8 * sum(n.startswith(("model.", "objective.", "critic.")) for n in start)
     assert _last_line(tmp_path / "whole") == _last_line(tmp_path / "parts")
 
@@ -80,9 +84,7 @@ def test_workers_change_nothing(tmp_path):
 
 
 def test_accumulation_changes_only_rounding(tmp_path):
-    one, two = (
-        Trainer(tiny(**{"train.num_steps": 4, "train.accumulation": n}), tmp_path / str(n)) for n in (1, 4)
-    )
+    one, two = (Trainer(tiny(**{"train.num_steps": 4, "train.accumulation": n}), tmp_path / str(n)) for n in (1, 4))
     one.fit()
     two.fit()
     a, b = (torch.cat([p.flatten() for p in t.networks.model.parameters()]) for t in (one, two))
@@ -116,9 +118,7 @@ def test_kill_9_and_resume(tmp_path):
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        recipe = tiny(
-            **{"train.num_steps": 14, "train.save_every": 2, "train.accumulation": 2, "train.num_workers": 2}
-        )
+        recipe = tiny(**{"train.num_steps": 14, "train.save_every": 2, "train.accumulation": 2, "train.num_workers": 2})
         whole = Trainer(recipe, tmp_path / "whole")
         whole.fit()
         for kill_after, delay in ((3, 0.0), (6, 0.013), (11, 0.04)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_refreshes_recompute_nothing_extra(case):
         bounds = [*sorted(steps), kwargs["num_steps"]]
         expected = [
             case.inputs["noise"].shape[0] * (2 if any(float(t) in interval for t in grid[a:b]) else 1)
-            for a, b in zip(bounds, bounds[1:])
+            for a, b in pairwise(bounds)
         ]
         assert net.num_encoded == expected
 

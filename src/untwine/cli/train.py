@@ -49,9 +49,7 @@ def run(args: list[str]) -> int:
     log_to_console()
     from untwine.training.trainer import Trainer
 
-    trainer = Trainer(
-        recipe, options.out, init=options.init, init_weights=options.init_weights, device=options.device
-    )
+    trainer = Trainer(recipe, options.out, init=options.init, init_weights=options.init_weights, device=options.device)
     if options.dry_run:
         _describe(trainer)
         return 0

@@ -26,7 +26,7 @@ Weights = Callable[[StepInfo, float], Mapping[str, float]]
 class Interval:
     """Times at which guidance acts, in untwine's direction: (0, 0.7) is what DDT writes as (0.3, 1).
 
-    Both ends are open unless ``closed``. The test is made in float32 counting from the noise end, where grids are built.
+    Both ends are open unless ``closed``. The test is made in float32 from the noise end, where grids are built.
     """
 
     low: float = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def _itinerary(
         opens_step = k == 0 or stops[k - 1][0] != i
         fresh.append(refresh is None or (opens_step and i in refresh))
     bounds = [k for k, is_fresh in enumerate(fresh) if is_fresh] + [len(stops)]
-    served = {a: tuple(stops[a:b]) for a, b in zip(bounds, bounds[1:])}
+    served = {a: tuple(stops[a:b]) for a, b in pairwise(bounds)}
     return {
         (i, stage): StepInfo(i, stage, len(grid) - 1, fresh[k], served.get(k, ()))
         for k, (i, stage, _) in enumerate(stops)
@@ -180,7 +181,5 @@ def sample(
     def step_noise(at: StepInfo) -> Tensor:
         return draws.normal(f"sample/{at.step}/{at.stage}", shape, index, device=device)
 
-    x = integrate(
-        sampling.solver, guided, x, grid, path=path, noise=step_noise, refresh=refresh, on_step=on_step
-    )
+    x = integrate(sampling.solver, guided, x, grid, path=path, noise=step_noise, refresh=refresh, on_step=on_step)
     return x, guided

@@ -65,7 +65,7 @@ class UniformTime(TimeDraw):
 
 @dataclass(frozen=True)
 class LogitNormalTime(TimeDraw):
-    """``sigmoid(mean + std n)`` (SD3, section 3.1; DDT's ``lognorm_t`` with mean 0, std 1): most times in the middle."""
+    """``sigmoid(mean + std n)`` (SD3, section 3.1; DDT's ``lognorm_t`` is mean 0, std 1): most in the middle."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -120,7 +120,7 @@ class TimeGrid:
     shift: float = 1.0
     """> 1 spends more steps near noise"""
     last_step: float | None = None
-    """length of the last step before shifting; None = 1 / num_steps, a uniform grid (DDT evaluates with 250 and 0.04)"""
+    """length of the last step before shifting; None = 1 / num_steps, a uniform grid (DDT: 250 steps, 0.04)"""
 
     def __post_init__(self) -> None:
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
@@ -138,9 +138,9 @@ class TimeGrid:
 
 
 def discrete_grid(num_timesteps: int, num_steps: int) -> Tensor:
-    """The grid of a chain of ``num_timesteps`` levels respaced to ``num_steps`` evenly spread ones, first and last kept.
+    """The grid of a chain of ``num_timesteps`` levels respaced to ``num_steps`` even ones, first and last kept.
 
-    (num_steps + 1,) float64 times ``(k + 1) / T`` from the highest level down, then 0 (Improved DDPM, arXiv 2102.09672).
+    (num_steps + 1,) float64 times ``(k + 1) / T`` from the top down, then 0 (Improved DDPM, arXiv 2102.09672).
     """
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"num_steps must be within [1, {num_timesteps}] for this chain, got {num_steps}")

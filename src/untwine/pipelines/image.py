@@ -164,7 +164,9 @@ class ImagePipeline(DiffusionPipeline):
             class_labels = [class_labels] * (num_images or 1)
         count = (num_images or 1) if class_labels is None else len(class_labels)
         if count < 1 or (num_images is not None and count != num_images):
-            raise ValueError(f"num_images must be >= 1 and equal the number of class_labels, got {num_images} and {count}")
+            raise ValueError(
+                f"num_images must be >= 1 and equal the number of class_labels, got {num_images} and {count}"
+            )
         index = torch.arange(first_image, first_image + count)
         if not self.num_classes:
             return index, Condition()

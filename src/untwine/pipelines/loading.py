@@ -70,7 +70,9 @@ def _from_run(folder: Path, weights: str) -> ImagePipeline:
         inner = folder / CHECKPOINTS
         path = checkpoint.latest(inner if inner.is_dir() else folder)
         if path is None:
-            raise ValueError(f"{folder} holds no checkpoint and no model_index.json; give a run folder or a saved pipeline")
+            raise ValueError(
+                f"{folder} holds no checkpoint and no model_index.json; give a run folder or a saved pipeline"
+            )
     recipe = Recipe.from_dict(checkpoint.read_config(path))
     state = checkpoint.read_state(path)
     model = recipe.model.build()

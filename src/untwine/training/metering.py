@@ -44,7 +44,7 @@ class LossMeter:
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def read(self) -> dict[str, Any]:
-        """Means over everything added since the last reading; a collective with one exchange. Bins without data: None."""
+        """Means over everything added since the last reading, in one exchange; None for bins without data."""
         if not self._sums:
             return {}
         flat = self.processes.all_reduce_mean(torch.cat([pair.reshape(-1) for pair in self._sums.values()])).cpu()

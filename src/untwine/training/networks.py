@@ -71,7 +71,7 @@ class Networks:
 
     def named_parameters(self, network: str) -> dict[str, Tensor]:
         """What the optimizer of a network updates, by checkpoint name."""
-        named = {f"{network}.{n}": p for n, p in self.modules[network].named_parameters()}
+        named: dict[str, Tensor] = {f"{network}.{n}": p for n, p in self.modules[network].named_parameters()}
         if network == "model":
             named |= {f"objective.{n}": p for n, p in self.objective.named_parameters()}
         return named

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
+
 from untwine.codecs.base import Codec
 from untwine.config import Component, ConfigError, from_dict, load_yaml, to_dict
 from untwine.data.base import Dataset
@@ -19,7 +21,7 @@ from untwine.training.optim import AdamW, ConstantSchedule, OptimizerConfig, Sch
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
-class Model:
+class Model(nn.Module):
     """A backbone, chosen by name in a recipe."""
 
     kinds: ClassVar[str] = "untwine.models:MODELS"
@@ -52,7 +54,9 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.keep < 2:
-            raise ValueError(f"keep must be >= 2 (the previous checkpoint outlives the writing of one), got {self.keep}")
+            raise ValueError(
+                f"keep must be >= 2 (the previous checkpoint outlives the writing of one), got {self.keep}"
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be > 0 or null, got {self.clip_norm}")
         if self.num_workers < 0:
@@ -68,8 +72,8 @@ class Recipe:
     model: Component[Model]
     train: TrainConfig
     seed: int = 0
-    codec: Component[Codec] = Component("untwine.codecs:CODECS", "identity")
-    objective: Component[Objective] = Component("untwine.training.objectives:OBJECTIVES", "flow_matching")
+    codec: Component[Codec] = field(default=Component(Codec.kinds, "identity"))
+    objective: Component[Objective] = field(default=Component(Objective.kinds, "flow_matching"))
     optimizer: OptimizerConfig = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=ConstantSchedule)
     ema: tuple[EMAProfile, ...] = (ConstantEMA(),)
@@ -105,7 +109,9 @@ def find_recipe(source: str | Path) -> Path:
         return path
     shipped = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
     if str(source) not in shipped:
-        raise ConfigError(f"unknown recipe {str(source)!r}{did_you_mean(str(source), list(shipped))}; or give a .yaml file")
+        raise ConfigError(
+            f"unknown recipe {str(source)!r}{did_you_mean(str(source), list(shipped))}; or give a .yaml file"
+        )
     return shipped[str(source)]
 
 

@@ -1,7 +1,7 @@
 """The trainer: steps optimizers and averages, meters, validates, checkpoints, resumes. It knows no diffusion.
 
-A run lives in one folder: ``recipe.yaml`` (resolved), ``log.jsonl``, ``checkpoints/step-N``. The same command on the same
-folder continues it, and ends with the weights that an uninterrupted run would have, bit for bit on one CPU.
+A run lives in one folder: ``recipe.yaml`` (resolved), ``log.jsonl``, ``checkpoints/step-N``. The same command on the
+same folder continues it, and ends with the weights that an uninterrupted run would have, bit for bit on one CPU.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class Trainer:
         for name, value in facts.items():
             given = recipe.model.options.get(name, value)
             if given not in (value, defaults.get(name)):
-                raise ValueError(f"recipe.model.{name} is {given}, but the data has {value}; leave it out or correct it")
+                raise ValueError(
+                    f"recipe.model.{name} is {given}, but the data has {value}; leave it out or correct it"
+                )
         return replace(recipe, model=recipe.model.replace(**facts))
 
     @property
@@ -198,7 +200,9 @@ class Trainer:
         )
         self.log.write("validation", step=self.step, weights=weights, triples=len(validation), **values)
         self.metrics["validation_loss"] = values["loss"]
-        logger.info("step %d  validation loss %.4f (%s, %d triples)", self.step, values["loss"], weights, len(validation))
+        logger.info(
+            "step %d  validation loss %.4f (%s, %d triples)", self.step, values["loss"], weights, len(validation)
+        )
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -248,7 +252,9 @@ class Trainer:
         changed = differences(checkpoint.read_config(path), self.recipe.to_dict())
         if changed:
             raise ValueError(
-                f"{self.out} holds another run, which differs in\n  " + "\n  ".join(changed) + "\nuse another out folder"
+                f"{self.out} holds another run, which differs in\n  "
+                + "\n  ".join(changed)
+                + "\nuse another out folder"
             )
         state = checkpoint.read_state(path)
         if state["data"] != self._state()["data"]:

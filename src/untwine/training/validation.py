@@ -79,4 +79,3 @@ class Validation:
         finally:
             for module, was in training.items():
                 module.train(was)
-

@@ -30,7 +30,7 @@ class Role:
 
 
 class Objective(nn.Module):
-    """What is minimised. Its own parameters are optimised with the model and saved under ``objective.``, never exported.
+    """What is minimised. Its own parameters are optimised with the model, saved under ``objective.``, not exported.
 
     The trainer alone calls backward, clips and steps.
     """

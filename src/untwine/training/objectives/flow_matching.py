@@ -1,4 +1,4 @@
-"""Flow matching (Lipman et al., arXiv 2210.02747; DDT, arXiv 2504.05741, section 3): one draw, one call, a sum of terms.
+"""Flow matching (Lipman et al., arXiv 2210.02747; DDT, arXiv 2504.05741, section 3): one draw, one call, many terms.
 
 Differs from the reference: label dropout and all draws are functions of the sample counter, so that a run does not
 depend on the number of processes; in evaluation mode times are uniform and labels are kept.
@@ -70,7 +70,8 @@ class FlowMatching(Objective):
         super().__init__()
         if not 0 <= label_dropout < 1:
             raise ValueError(f"label_dropout must be within [0, 1), got {label_dropout}")
-        self.path, self.time, self.weighting, self.label_dropout = path, time, weighting, label_dropout
+        self.path, self.time, self.label_dropout = path, time, label_dropout
+        self.weighting: Weighting = weighting
         self.terms = nn.ModuleList([FlowTerm(), *terms])
 
     def forward(self, networks: Mapping[str, Any], batch: Batch, *, update: str, step: int, draws: Draws) -> Loss:

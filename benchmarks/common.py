@@ -1,0 +1,76 @@
+"""What the benchmarks share: interleaved timing, and results that name commit and hardware."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def paired(runs: dict[str, Callable[[], Any]], *, repeats: int = 7, warmup: int = 1) -> dict[str, dict[str, float]]:
+    """Seconds of each run, taken in turn (A B A B ...): median, minimum and maximum."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(-warmup, repeats):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if repeat >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return {
+        name: {"median": statistics.median(s), "min": min(s), "max": max(s), "repeats": len(s)}
+        for name, s in seconds.items()
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """The machine and software that a number belongs to."""
+    model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    return {
+        "cpu": model or platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def commit() -> str:
+    """The commit of the checkout, marked where the tree has changes."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()
+
+
+def save(name: str, values: dict[str, Any]) -> Path:
+    """Writes ``benchmarks/results/<name>.json`` and prints it."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    record = {"benchmark": name, "commit": commit(), "hardware": hardware(), **values}
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(record, indent=2))
+    return path
+
+
+def _lines(path: str) -> list[str]:
+    file = Path(path)
+    return file.read_text().splitlines() if file.exists() else []
