@@ -74,11 +74,23 @@ class ImagePipeline(DiffusionPipeline):
         self.register_to_config(model=("untwine", type(model).__name__))
         rest = {"latent_shape": list(shape), "class_names": self.class_names, "origin": self.origin}
         self.register_to_config(**config, **rest)
+        self.last_run: dict[str, int] = {}
+        """of the last finished call: evaluations of the network and of its encoder, per image"""
 
     @property
     def num_classes(self) -> int:
         """0 for an unconditional model."""
         return int(self.model.config.get("num_classes", 0)) if self.model.accepts else 0
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one decoded sample."""
+        return self.codec.sample_shape(self.latent_shape)
+
+    @property
+    def makes_pictures(self) -> bool:
+        """False where samples have other than 1 or 3 channels: latents of an image codec that is not part of this."""
+        return self.sample_shape[0] in (1, 3)
 
     def settings(self, **changes: Any) -> Sampling:
         """The default settings with those given (not None) replaced; all checked."""
@@ -114,24 +126,22 @@ class ImagePipeline(DiffusionPipeline):
             seed: instead of a generator; default 0.
             first_image: counter of the first image, so that a long run can be made in parts.
             sampling: all settings at once.
-            size: (height, width) of the latents, where it differs from the training size.
+            size: (height, width) in pixels, where it differs from the training size.
             refresh: steps at which a decoupled backbone recomputes its encoder state.
             on_step: hears each step; returning False cancels.
 
         Raises:
             ValueError: for labels, sizes, seeds or settings out of range, before anything is computed.
         """
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+        self._check_output(output_type)
         settings = sampling or self.sampling
         changes = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
         index, condition = self._request(class_labels, num_images, first_image)
-        shape = (self.latent_shape[0], *(size or self.latent_shape[1:]))
         latents, guided = sample(
             self.model,
             condition,
-            shape,
+            self._shape(size),
             index,
             draws=_draws(generator, seed, len(index)),
             sampling=settings,
@@ -154,25 +164,56 @@ class ImagePipeline(DiffusionPipeline):
         array = pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return array.astype(np.float32) / 255 if output_type == "np" else [to_pil(image) for image in array]
 
+    def _check_output(self, output_type: str) -> None:
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+        if output_type != "latent" and not self.makes_pictures:
+            raise ValueError(
+                f"output_type {output_type!r} needs an image codec, and this pipeline has none for its latents of "
+                f"{self.sample_shape[0]} channels; use output_type='latent'"
+            )
+
+    def _shape(self, size: tuple[int, int] | None) -> tuple[int, ...]:
+        """(C, H, W) of the latents for images of ``size`` pixels, within what the model can do."""
+        if size is None:
+            return self.latent_shape
+        if len(size) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
+            raise ValueError(f"size must be (height, width), two integers >= 1, got {size}")
+        shape = self.codec.latent_shape((self.sample_shape[0], *size))
+        patch, (height, width) = self.model.config.get("patch_size", 1), shape[1:]
+        if height % patch or width % patch:
+            near = self.codec.sample_shape((shape[0], *(max(1, round(n / patch)) * patch for n in (height, width))))
+            raise ValueError(f"size {tuple(size)} does not divide into patches; the nearest that does is {near[1:]}")
+        if self.model.square_only and height != width:
+            raise ValueError(f"size must be square for {type(self.model).__name__}, got {tuple(size)}")
+        limit, tokens = self.model.max_tokens, height * width // patch**2
+        if limit is not None and tokens > limit:
+            raise ValueError(f"size {tuple(size)} makes {tokens} tokens; {type(self.model).__name__} takes {limit}")
+        return shape
+
     def _request(
         self, class_labels: int | Sequence[int] | Tensor | None, num_images: int | None, first_image: int
     ) -> tuple[Tensor, Condition]:
         """Counters and condition of the requested images."""
         if class_labels is not None and not self.num_classes:
-            raise ValueError(f"class_labels were given, but this {type(self.model).__name__} is unconditional")
-        if isinstance(class_labels, int):
-            class_labels = [class_labels] * (num_images or 1)
-        count = (num_images or 1) if class_labels is None else len(class_labels)
-        if count < 1 or (num_images is not None and count != num_images):
             raise ValueError(
-                f"num_images must be >= 1 and equal the number of class_labels, got {num_images} and {count}"
+                f"class_labels must be left out: this {type(self.model).__name__} is unconditional, got {class_labels}"
+            )
+        labels = None if class_labels is None else torch.as_tensor(class_labels)
+        if labels is not None and labels.ndim == 0:
+            labels = labels.expand(1 if num_images is None else num_images)
+        count = len(labels) if labels is not None else 1 if num_images is None else num_images
+        if count < 1 or num_images not in (None, count) or first_image < 0:
+            raise ValueError(
+                "num_images must be >= 1 and equal the number of class_labels, and first_image >= 0; "
+                f"got num_images={num_images}, {count} labels, first_image={first_image}"
             )
         index = torch.arange(first_image, first_image + count)
         if not self.num_classes:
             return index, Condition()
-        if class_labels is None:
+        if labels is None:
             return index, Condition(labels=index % self.num_classes)
-        return index, Condition(labels=check_labels(class_labels, self.num_classes))
+        return index, Condition(labels=check_labels(labels, self.num_classes))
 
 
 class _PerImage:
