@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from tests.parity.cases import cases
-from untwine.contracts import Condition, EncoderState, Output
-from untwine.diffusion.draws import Draws
+from untwine.contracts import Batch, Condition, EncoderState, Output
 from untwine.diffusion.guidance import Branch, Guided, Interval, classifier_free
 from untwine.diffusion.paths import LinearPath
 from untwine.diffusion.sampling import integrate
 from untwine.diffusion.solvers import AdamsBashforth, Euler, Heun, adams_weights
-from untwine.diffusion.timesteps import LogitNormalTime, TimeGrid
+from untwine.diffusion.timesteps import LogitNormalTime, TimeGrid, UniformTime
+from untwine.models.ddt import DDT
+from untwine.models.dit import ImprovedDiT
+from untwine.training.objectives.flow_matching import FlowMatching
 
 NODES = {"t2logsnr": "log_snr", "t2snr": "snr", "t2isnr": "inverse_snr"}
 
@@ -157,14 +159,28 @@ def test_multistep_weights_match_official(case):
             case.check(f"{grid_name}/o{order}/integral", torch.tensor(integrals, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("case", cases("ddt", klass="REPATrainer"), ids=str)
-def test_flow_matching_loss_is_in_the_official_cases(case):
-    """The drawn x_t, target and t of the official training step follow from untwine's path and time draw."""
-    base, x0, noise = case.inputs["base_draw"], case.inputs["x"], case.inputs["noise"]
-    t = LogitNormalTime().transform(-base) if case.kwargs["lognorm_t"] else 1 - base
-    assert torch.allclose(t, 1 - torch.sigmoid(base) if case.kwargs["lognorm_t"] else 1 - base, atol=1e-6)
-    path = LinearPath()
-    official = 1 - t.view(-1, 1, 1, 1)
-    assert torch.allclose(path.interpolate(x0, noise, t), official * x0 + (1 - official) * noise, atol=1e-6)
-    assert torch.equal(path.velocity(x0, noise, t), noise - x0)
-    assert Draws(0).normal("t", (), [0]).shape == (1,)
+class Recorded:
+    """The draws of an official training step, in untwine's direction of time."""
+
+    def __init__(self, inputs):
+        self.given = {"t": -inputs["base_draw"], "noise": inputs["noise"]}
+
+    def normal(self, name, shape, index, *, device=None):
+        return self.given[name]
+
+    def uniform(self, name, shape, index, *, device=None):
+        return 1 + self.given[name]
+
+
+@pytest.mark.parametrize("case", [*cases("ddt", klass="REPATrainer"), *cases("ddt", klass="DisperseTrainer")])
+def test_flow_matching_loss_matches_official(case):
+    """The flow part of the official training steps: draw, path, target, network and mean."""
+    net = case.kwargs["net"]
+    model = (DDT if "num_encoder_blocks" in net else ImprovedDiT).from_official(
+        {k.removeprefix("net."): v for k, v in case.state.items() if not k.startswith("proj.")}, net
+    )
+    time = LogitNormalTime(shift=case.kwargs.get("timeshift", 1.0)) if case.kwargs["lognorm_t"] else UniformTime()
+    objective = FlowMatching(time=time, label_dropout=0.0)
+    batch = Batch(case.inputs["x"], Condition(labels=case.inputs["y"]), torch.arange(len(case.inputs["y"])))
+    loss = objective({"model": model}, batch, update="model", step=0, draws=Recorded(case.inputs))
+    case.check("fm_loss", loss.parts["flow"])

@@ -11,7 +11,7 @@ import untwine
 VERBS = {
     "train": "train a recipe, or continue its run",
     "sample": "draw images from a checkpoint into a folder",
-    "convert": "turn official weights, or a run, into a folder that loads anywhere",
+    "convert": "turn official weights, or a run, into a pipeline folder that loads anywhere",
     "info": "what there is: models, recipes, solvers, checkpoints; or one of them in detail",
 }
 _USAGE = """usage: untwine VERB ...
@@ -36,13 +36,23 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"untwine: unknown verb {args[0]!r}{did_you_mean(args[0], VERBS)}", file=sys.stderr)
         return 2
-    verb = import_module(f"untwine.cli.{args[0]}")
+    return _run(*args)
+
+
+def _run(verb: str, *args: str) -> int:
+    """One verb, with a user's errors told in a line instead of a traceback."""
     try:
-        return verb.run(args[1:])
+        return import_module(f"untwine.cli.{verb}").run(list(args))
     except KeyboardInterrupt:
+        print(f"untwine {verb}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, RuntimeError, OSError) as error:
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         if os.environ.get("UNTWINE_TRACEBACK"):
             raise
-        print(f"untwine {args[0]}: {error}", file=sys.stderr)
+        ours = isinstance(error, ValueError | ImportError) or type(error).__module__.startswith("untwine")
+        hint = "" if ours else " (UNTWINE_TRACEBACK=1 shows where)"
+        print(f"untwine {verb}: {error}{hint}", file=sys.stderr)
         return 2

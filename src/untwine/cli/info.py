@@ -1,14 +1,28 @@
-"""``untwine info``: the tables of what there is; with a name, one model, recipe or checkpoint in detail."""
+"""``untwine info``: the tables of what there is; with a name, one of it or a checkpoint in detail."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from untwine.cli.options import parse, show
+from untwine.cli.options import brief, parse, show
+
+HOME = Path(__file__).resolve().parent.parent
+TABLES = (
+    "untwine.models:MODELS",
+    "untwine.codecs:CODECS",
+    "untwine.data:DATASETS",
+    "untwine.diffusion:PATHS",
+    "untwine.diffusion:TIME_DRAWS",
+    "untwine.diffusion:SOLVERS",
+    "untwine.training.objectives:OBJECTIVES",
+    "untwine.training.objectives:TERMS",
+)
 
 
 @dataclass(frozen=True)
@@ -16,77 +30,85 @@ class InfoOptions:
     """Lists models, solvers, recipes and checkpoints, or shows one."""
 
     name: Annotated[Positional[str | None], arg(metavar="NAME")] = None
-    """a model, a recipe, or a checkpoint (shipped name, run folder, saved pipeline)"""
+    """anything that is listed, a run folder, a saved pipeline or a hub id"""
 
 
 def run(args: list[str]) -> int:
     """The verb."""
-    options = parse(InfoOptions, "info", args)
-    if options.name is None:
-        show("untwine", _tables())
+    name = parse(InfoOptions, "info", args).name
+    recipes = {file.stem: file for file in sorted((HOME / "recipes").glob("*.yaml"))}
+    checkpoints = sorted(file.parent.name for file in (HOME / "assets").glob("*/model_index.json"))
+    if name is None:
+        _show_everything(recipes, checkpoints)
         return 0
-    from untwine.models import MODELS
+    components = [registry for registry in _registries() if name in registry]
+    for registry in components:
+        _show_component(name, registry.noun, registry[name])
+    is_checkpoint = name in checkpoints or "/" in name or Path(name).exists()
+    if is_checkpoint:
+        _show_checkpoint(name)
+    if name in recipes:
+        print(f"recipe {name}\n{recipes[name].read_text(encoding='utf-8')}", end="")
+    if not (components or is_checkpoint or name in recipes):
+        from untwine.registry import did_you_mean
 
-    recipes = _recipes()
-    if options.name in MODELS:
-        _show_model(options.name)
-    elif options.name in recipes:
-        print(recipes[options.name].read_text(encoding="utf-8"), end="")
-    else:
-        _show_checkpoint(options.name)
+        known = [*recipes, *checkpoints, *(known for registry in _registries() for known in registry)]
+        raise ValueError(f"unknown name {name!r}{did_you_mean(name, known)}")
     return 0
 
 
-def _recipes() -> dict[str, Path]:
-    folder = Path(__file__).resolve().parent.parent / "recipes"
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+def _registries() -> Iterator[Any]:
+    for reference in TABLES:
+        module, _, attribute = reference.partition(":")
+        yield getattr(import_module(module), attribute)
 
 
-def _tables() -> dict[str, str]:
+def _show_everything(recipes: dict[str, Path], checkpoints: list[str]) -> None:
     """Everything by name, from tables that import nothing."""
-    from untwine.codecs import CODECS
-    from untwine.data import DATASETS
-    from untwine.diffusion import PATHS, SOLVERS, TIME_DRAWS
-    from untwine.models import MODELS
-    from untwine.training.objectives import OBJECTIVES, TERMS
+    rows = {f"{registry.noun}s": ", ".join(registry) for registry in _registries()}
+    show("untwine info NAME shows one of these in detail", rows | {"checkpoints": ", ".join(checkpoints) or "none"})
+    about = {name: file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for name, file in recipes.items()}
+    show("\nrecipes (untwine train NAME)", about)
 
-    assets = Path(__file__).resolve().parent.parent / "assets"
-    registries = [MODELS, CODECS, DATASETS, PATHS, TIME_DRAWS, SOLVERS, OBJECTIVES, TERMS]
-    return {f"{registry.noun}s": ", ".join(registry) for registry in registries} | {
-        "recipes": ", ".join(_recipes()),
-        "checkpoints": ", ".join(sorted(f.parent.name for f in assets.glob("*/model_index.json"))) or "none",
+
+def _show_component(name: str, noun: str, cls: Any) -> None:
+    from untwine.config.schema import entries_of, plain, type_name
+
+    facts = {"class": f"{cls.__module__}.{cls.__name__}"}
+    if noun == "model":
+        facts |= {
+            "accepts": ", ".join(sorted(cls.accepts)) or "no condition",
+            "predicts": cls.predicts,
+            "decoupled": "yes: encoder states can be reused between steps" if cls.decoupled else "no",
+            "grids": "square only" if cls.square_only else "any",
+            "most tokens": cls.max_tokens or "no limit",
+            "sizes": ", ".join(f"{size} ({brief(options)})" for size, options in cls.SIZES.items()),
+        }
+    show(f"{noun} {name}: {(cls.__doc__ or '').partition(chr(10))[0]}", facts)
+    options = {
+        key: f"{type_name(option.annotation)}, {'required' if raw is MISSING else f'default {_short(plain(raw))}'}"
+        for key, option, raw in entries_of(cls, {}, name)
     }
+    if options:
+        show("options", options)
 
 
-def _show_model(name: str) -> None:
-    from untwine.config import Component
-    from untwine.models import MODELS
-
-    cls = MODELS[name]
-    facts = {
-        "class": f"untwine.{cls.__name__}",
-        "accepts": ", ".join(sorted(cls.accepts)) or "nothing",
-        "predicts": cls.predicts,
-        "decoupled": cls.decoupled,
-        "square only": cls.square_only,
-        "most tokens": cls.max_tokens or "no limit",
-        "sizes": ", ".join(getattr(cls, "SIZES", {})),
-    }
-    options = Component("untwine.models:MODELS", name).to_dict()
-    show(name, facts | {f"option {key}": value for key, value in options.items() if key != "kind"})
+def _short(value: Any) -> Any:
+    return value.get("kind", value) if isinstance(value, dict) else value
 
 
 def _show_checkpoint(name: str) -> None:
+    from untwine.config import to_dict
     from untwine.pipelines.loading import load
 
     pipe = load(name)
+    names = [f"{i} {text}" if text != str(i) else text for i, text in enumerate(pipe.class_names)]
     facts = {
-        "model": type(pipe.model).__name__,
-        "parameters": f"{sum(p.numel() for p in pipe.model.parameters()):,}",
-        "latent shape": pipe.latent_shape,
-        "classes": f"{pipe.num_classes}: {', '.join(pipe.class_names[:20])}" if pipe.num_classes else "none",
-        "sampling": pipe.sampling,
-        **{f"origin {key}": value for key, value in pipe.origin.items()},
+        "model": f"{type(pipe.model).__name__}, {sum(p.numel() for p in pipe.model.parameters()):,} parameters",
+        "samples": f"{pipe.sample_shape} from latents {pipe.latent_shape} by codec {pipe.config['codec']['kind']}",
+        "classes": f"{pipe.num_classes}: {', '.join(names[:20])}" if pipe.num_classes else "none (unconditional)",
+        "sampling": brief(to_dict(pipe.sampling)),
+        "origin": brief(pipe.origin),
+        "options": brief({k: v for k, v in pipe.model.config.items() if not k.startswith("_")}),
     }
-    options = {f"option {key}": value for key, value in pipe.model.config.items() if not key.startswith("_")}
-    show(name, facts | options)
+    show(f"checkpoint {name}", facts)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from untwine.cli.options import parse_known, show
+from untwine.cli.options import brief, parse_known
 
 
 @dataclass(frozen=True)
@@ -18,33 +19,46 @@ class SampleOptions:
     checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")] = "ddt-digits"
     """a shipped name, a run folder, a saved pipeline or a hub id"""
     out: Path = Path("out/samples")
+    """folder for the pictures, grid.png, samples.npz and report.json; replaces an earlier set there"""
     count: int = 16
+    """number of images"""
     labels: tuple[int, ...] = ()
     """classes to draw, repeated in turn; default: all of them"""
+    size: Annotated[tuple[int, int] | None, arg(metavar="HEIGHT WIDTH")] = None
+    """in pixels; default: as in training"""
     seed: int = 0
     batch_size: int = 64
-    solver: str | None = None
+    """images computed at once; changes speed and memory only"""
+    solver: Annotated[str | None, arg(metavar="NAME")] = None
     """euler, heun, adams_bashforth, ddim, ddpm; its options are flags such as --solver.order 3"""
-    weights: str = "ema:0"
-    """of a run folder: ema:k or raw"""
-    device: Literal["cpu", "cuda"] | None = None
+    weights: Annotated[str, arg(metavar="ema:K|raw")] = "ema:0"
+    """which weights of a run folder"""
+    device: Annotated[Literal["cpu", "cuda"] | None, arg(metavar="cpu|cuda")] = None
+    """default: CUDA where there is any"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    pictures: bool = True
-    """write single pictures beside grid.png, samples.npz and report.json"""
+    pictures: FlagCreatePairsOff[bool] = True
+    """do not write single pictures"""
+
+
+ALSO = """The settings of the sampler are flags as well, and default to those of the checkpoint: --num-inference-steps 50
+--guidance-scale 2.0 --guidance-interval 0 0.7 --shift 1.0 --refresh-every 4 ...;
+untwine sample CHECKPOINT --help lists them all."""
 
 
 def run(args: list[str]) -> int:
     """The verb."""
-    also = "Settings such as --guidance-scale and --num-inference-steps are flags as well: add a CHECKPOINT to --help."
-    options, rest = parse_known(SampleOptions, "sample", args, also)
+    options, rest = parse_known(SampleOptions, "sample", args, ALSO)
 
     import torch
 
     from untwine.config import apply_flags, from_dict, to_dict
+    from untwine.diffusion import SOLVERS
     from untwine.diffusion.sampling import Sampling
     from untwine.pipelines.loading import load, sample
     from untwine.pipelines.writing import prepare_folder, save_samples
 
+    if options.solver and options.solver not in SOLVERS:
+        SOLVERS[options.solver]  # says which there are
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load(options.checkpoint, weights=options.weights, device=device, dtype=getattr(torch, options.dtype))
     settings = to_dict(pipe.sampling) | ({"solver": options.solver} if options.solver else {})
@@ -56,9 +70,22 @@ def run(args: list[str]) -> int:
         labels=options.labels or None,
         seed=options.seed,
         batch_size=options.batch_size,
+        size=options.size,
         sampling=from_dict(Sampling, settings, "sampling"),
+        on_batch=lambda done: _progress(done, options.count),
     )
     save_samples(samples, folder, pictures=options.pictures)
-    facts = {"images": options.count, "seconds": samples.report["seconds"], "grid": folder / "grid.png"}
-    show(f"untwine sample {options.checkpoint}", facts | {"settings": settings})
+    made = "images" if samples.are_pictures else "latents (no codec for pictures is part of this checkpoint)"
+    print(f"{options.count} {made} in {samples.report['seconds']} s: {_main_file(folder, samples.are_pictures)}")
+    print(f"from {options.checkpoint} ({brief(pipe.origin)})")
+    print(f"seed {options.seed}, {brief(settings)}")
     return 0
+
+
+def _progress(done: int, count: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done}/{count}", end="\n" if done == count else "", file=sys.stderr)
+
+
+def _main_file(folder: Path, pictures: bool) -> Path:
+    return folder / ("grid.png" if pictures else "samples.npz")

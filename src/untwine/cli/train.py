@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from untwine.cli.options import log_to_console, parse_known, show
 
@@ -17,24 +17,27 @@ class TrainOptions:
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
     """name of a shipped recipe (untwine info lists them) or a YAML file"""
-    out: Path | None = None
+    out: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """run folder; default runs/<recipe name>"""
-    init: Path | None = None
+    init: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """run or checkpoint folder whose weights to start from (fine-tuning)"""
-    init_weights: str = "ema:0"
-    """which of its weights: ema:k or raw"""
-    device: Literal["cpu", "cuda"] | None = None
+    init_weights: Annotated[str, arg(metavar="ema:K|raw")] = "ema:0"
+    """which of its weights"""
+    device: Annotated[Literal["cpu", "cuda"] | None, arg(metavar="cpu|cuda")] = None
     """default: CUDA where there is any"""
-    dry_run: bool = False
+    dry_run: FlagCreatePairsOff[bool] = False
     """build everything, print sizes, train nothing"""
-    print_config: bool = False
+    print_config: FlagCreatePairsOff[bool] = False
     """print the resolved recipe and stop"""
+
+
+ALSO = """Any option of the recipe is a flag as well, such as --train.num-steps 500 --optimizer.lr 3e-4;
+untwine train RECIPE --help lists them all."""
 
 
 def run(args: list[str]) -> int:
     """The verb."""
-    also = "Any option of the recipe is a flag as well: untwine train RECIPE --help lists them."
-    options, rest = parse_known(TrainOptions, "train", args, also)
+    options, rest = parse_known(TrainOptions, "train", args, ALSO)
 
     from untwine.config import apply_flags, load_yaml
     from untwine.training.recipe import Recipe, find_recipe
@@ -50,32 +53,46 @@ def run(args: list[str]) -> int:
     from untwine.training.trainer import Trainer
 
     trainer = Trainer(recipe, options.out, init=options.init, init_weights=options.init_weights, device=options.device)
-    if options.dry_run:
-        _describe(trainer)
-        return 0
     try:
+        if trainer.processes.is_main:
+            _note_captions(trainer.dataset)
+        if options.dry_run:
+            _describe(trainer)
+            return 0
         result = trainer.fit()
     finally:
         trainer.processes.close()
     if trainer.processes.is_main:
-        print(f"{result.folder}: step {result.step}, validation loss {result.metrics.get('validation_loss', 'n/a')}")
+        print(f"{result.folder}: step {result.step}, validation loss {_rounded(result.metrics.get('validation_loss'))}")
         print(f"sample it: untwine sample {result.folder}")
     return 0
 
 
-def _describe(trainer) -> None:
-    networks = trainer.networks
+def _note_captions(dataset: Any) -> None:
+    if dataset.captions is not None:
+        print(f"{len(dataset)} captions are read, but no model here is conditioned on text yet: training without them")
+
+
+def _rounded(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
+def _describe(trainer: Any) -> None:
+    recipe, networks = trainer.recipe, trainer.networks
+    size, plan = len(trainer.training_set), recipe.train
+    names = trainer.dataset.class_names
     show(
-        f"untwine train {trainer.recipe.name} (dry run)",
+        f"untwine train {recipe.name} (dry run: nothing is trained or written)",
         {
             "folder": trainer.out,
-            "training samples": len(trainer.training_set),
-            "held out": len(trainer.held_out),
-            "parameters": f"{sum(p.numel() for p in networks.model.parameters()):,}",
+            "data": f"{size} training samples, {len(trainer.held_out)} held out",
+            "classes": f"{len(names)}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+            if names
+            else "none",
+            "model": f"{recipe.model.kind}, {sum(p.numel() for p in networks.model.parameters()):,} parameters",
+            "latents": trainer.codec.latent_shape(trainer.dataset.sample_shape),
+            "steps": f"{plan.num_steps} of {plan.batch_size} samples: {plan.num_steps * plan.batch_size / size:.1f} epochs",
             "checkpoint": f"{sum(t.numel() * t.element_size() for t in networks.tensors().values()) / 2**20:.1f} MiB",
-            "steps": trainer.recipe.train.num_steps,
-            "epochs": f"{trainer.recipe.train.num_steps * trainer.recipe.train.batch_size / len(trainer.training_set):.1f}",
-            "device": trainer.processes.device,
-            "processes": trainer.processes.world_size,
+            "device": f"{trainer.processes.device}, {trainer.processes.world_size} process(es)",
         },
     )

@@ -6,6 +6,7 @@ DATASETS = Registry(
     "dataset",
     {
         "digits": "untwine.data.digits:Digits",
+        "fashion": "untwine.data.fashion:FashionMNIST",
         "folder": "untwine.data.folder:ImageFolder",
     },
 )

@@ -92,10 +92,6 @@ class ImagePipeline(DiffusionPipeline):
         """False where samples have other than 1 or 3 channels: latents of an image codec that is not part of this."""
         return self.sample_shape[0] in (1, 3)
 
-    def settings(self, **changes: Any) -> Sampling:
-        """The default settings with those given (not None) replaced; all checked."""
-        return replace(self.sampling, **{name: value for name, value in changes.items() if value is not None})
-
     @torch.no_grad()
     def __call__(
         self,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import torch
 
 from untwine.config import to_dict
 from untwine.diffusion.sampling import Sampling
+from untwine.models import MODELS
 from untwine.pipelines.image import ImagePipeline, provenance
 from untwine.registry import did_you_mean
 from untwine.training import checkpoint
@@ -20,12 +24,12 @@ from untwine.training.recipe import Recipe
 from untwine.training.trainer import CHECKPOINTS
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-_PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+_INDEX, _MANIFEST = "model_index.json", "manifest.json"
 
 
 def shipped() -> list[str]:
     """Names of the checkpoints that come with untwine."""
-    return sorted(folder.parent.name for folder in ASSETS.glob("*/model_index.json"))
+    return sorted(file.parent.name for file in ASSETS.glob(f"*/{_INDEX}"))
 
 
 def load(
@@ -35,50 +39,126 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> ImagePipeline:
-    """A pipeline from a shipped name, a run or checkpoint folder, a saved pipeline, or a hub id.
+    """A pipeline from a shipped name, a run or checkpoint folder, a saved pipeline or model, or a hub id.
 
     Args:
-        source: ``ddt-digits``; ``runs/mine`` (its newest checkpoint); a folder with ``model_index.json``; ``owner/name``.
+        source: ``ddt-digits``; ``runs/mine`` (its newest checkpoint); a folder with ``model_index.json``, or with the
+            ``config.json`` of a single model, whose latents then have no codec; ``owner/name``.
         weights: of a run, ``ema:k`` or ``raw``.
 
     Raises:
-        ValueError: for an unknown source, a pickle (only ``untwine convert`` opens those), or weights the run lacks.
+        ValueError: for an unknown source, a single file (only ``untwine convert`` opens those), weights that the run
+            lacks, or a model whose parameters are not exactly those of its class.
+        CheckpointError: for a damaged checkpoint of a run.
     """
-    path = ASSETS / str(source) if str(source) in shipped() else Path(source)
-    if path.suffix in _PICKLES:
-        raise ValueError(f"{path} may hold a pickle, which is not loaded; convert it first: untwine convert {path} ...")
-    if (path / "model_index.json").is_file():
-        pipe = ImagePipeline.from_pretrained(str(path), use_safetensors=True, local_files_only=True, dtype=dtype)
-    elif path.is_dir():
-        pipe = _from_run(path, weights).to(dtype=dtype)
-    elif str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")) and not path.exists():
-        pipe = ImagePipeline.from_pretrained(str(source), use_safetensors=True, dtype=dtype)
-    else:
+    folder = _find(str(source))
+    with _quiet_diffusers():
+        if (folder / _INDEX).is_file():
+            pipe = _from_saved(folder, dtype)
+        elif (folder / "config.json").is_file() and not (folder / _MANIFEST).is_file():
+            pipe = ImagePipeline(_read_model(folder, _read_json(folder / "config.json").get("_class_name"), dtype))
+        else:
+            pipe = _from_run(folder, weights).to(dtype=dtype)
+        pipe.model.eval().requires_grad_(False)
+        return pipe.to(device)  # type: ignore[return-value]
+
+
+def _find(source: str) -> Path:
+    """The local folder that ``source`` names; a hub id is downloaded into the hub's cache."""
+    path = ASSETS / source if source in shipped() else Path(source)
+    if path.is_dir():
+        return path
+    if path.is_file():
         raise ValueError(
-            f"unknown checkpoint {str(source)!r}{did_you_mean(str(source), shipped())}; or give a run folder, a saved "
-            "pipeline or a hub id owner/name"
+            f"checkpoint {source} is a single file, and may be a pickle, which is never loaded; convert it first: "
+            f"untwine convert {source} --out FOLDER"
         )
-    pipe.model.eval().requires_grad_(False)
-    return pipe.to(device)  # type: ignore[return-value]
+    owner, _, name = source.partition("/")
+    if not owner or not name or "/" in name or owner[0] in ".~" or Path(owner).exists():
+        raise ValueError(
+            f"unknown checkpoint {source!r}{did_you_mean(source, shipped())}; give a shipped name, a run folder, a "
+            "saved pipeline or a hub id owner/name"
+        )
+    try:
+        with _quiet_diffusers():
+            return Path(ImagePipeline.download(source, use_safetensors=True))
+    except Exception as error:  # whatever the hub's client raises without a network, a right or such a repository
+        raise ValueError(
+            f"checkpoint {source!r} is no local folder, and the hub did not give it: {str(error).splitlines()[0]}"
+        ) from error
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Without diffusers' progress bar and its warnings on casting, which concern none of our models."""
+    from diffusers.utils import logging as settings
+
+    logger, bar = logging.getLogger("diffusers"), settings.is_progress_bar_enabled()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bar:
+            settings.enable_progress_bar()
+
+
+def _from_saved(folder: Path, dtype: torch.dtype) -> ImagePipeline:
+    """The pipeline of :meth:`ImagePipeline.save_pretrained`."""
+    index = _read_json(folder / _INDEX)
+    library, name = index.get("model") or (None, None)
+    if index.get("_class_name") != ImagePipeline.__name__ or library != "untwine":
+        raise ValueError(f"{folder} holds a {index.get('_class_name')}, not an ImagePipeline of untwine")
+    parts = ("codec", "path", "sampling", "latent_shape", "class_names", "origin")
+    model = _read_model(folder / "model", name, dtype)
+    return ImagePipeline(model, **{part: index[part] for part in parts if part in index})
+
+
+def _read_model(folder: Path, name: Any, dtype: torch.dtype) -> Any:
+    """A model folder, strictly: diffusers would fill missing parameters with random numbers."""
+    cls = next((cls for cls in map(MODELS.__getitem__, MODELS) if cls.__name__ == name), None)
+    if cls is None:
+        raise ValueError(f"{folder} holds a {name}, which is no model of untwine (known: {', '.join(MODELS)})")
+    try:
+        model, loading = cls.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:  # whatever a damaged file makes the readers raise
+        raise ValueError(f"{folder} cannot be loaded as a {name}: {str(error).splitlines()[0]}") from error
+    if wrong := {kind.removesuffix("_keys"): names[:5] for kind, names in loading.items() if names}:
+        raise ValueError(f"the parameters in {folder} are not those of its {name}: {wrong}")
+    return model
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold an object, not a {type(data).__name__}")
+    return data
 
 
 def _from_run(folder: Path, weights: str) -> ImagePipeline:
     """The pipeline of a run's newest intact checkpoint, or of one checkpoint."""
-    if (folder / "manifest.json").is_file():
+    if (folder / _MANIFEST).is_file():
         path = folder
     else:
         inner = folder / CHECKPOINTS
         path = checkpoint.latest(inner if inner.is_dir() else folder)
         if path is None:
-            raise ValueError(
-                f"{folder} holds no checkpoint and no model_index.json; give a run folder or a saved pipeline"
-            )
+            raise ValueError(f"{folder} holds no checkpoint and no {_INDEX}; give a run folder or a saved pipeline")
     recipe = Recipe.from_dict(checkpoint.read_config(path))
     state = checkpoint.read_state(path)
+    averages = [f"ema:{k}" for k in range(len(recipe.ema))]
+    if weights not in ("raw", *averages):
+        raise ValueError(f"weights: {folder} has no {weights!r} (known: {', '.join([*averages, 'raw'])})")
     model = recipe.model.build()
-    prefix = "model." if weights == "raw" else f"ema.{weights.removeprefix('ema:')}."
-    wanted = {prefix + name: p.detach() for name, p in model.named_parameters()}
-    report = checkpoint.load_matching(path, wanted)
+    prefix = "model." if weights == "raw" else f"{weights.replace(':', '.')}."
+    report = checkpoint.load_matching(path, {prefix + name: p.detach() for name, p in model.named_parameters()})
     if report.reinitialised:
         raise ValueError(f"weights: {path} has no complete {weights!r}; it lacks {list(report.reinitialised)[:5]}")
     return ImagePipeline(
@@ -97,11 +177,15 @@ class Samples:
     """Generated images with what is needed to make them again."""
 
     images: np.ndarray
-    """(N, H, W, C) uint8"""
+    """(N, H, W, C) uint8; float32 latents (N, C, H, W) where the pipeline has no codec for pictures"""
     labels: np.ndarray | None
     """(N,) int64"""
     report: dict[str, Any]
     """seconds, network evaluations, settings, seed, versions"""
+
+    @property
+    def are_pictures(self) -> bool:
+        return self.images.dtype == np.uint8
 
 
 def sample(
@@ -111,6 +195,7 @@ def sample(
     labels: Sequence[int] | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    size: tuple[int, int] | None = None,
     sampling: Sampling | None = None,
     on_batch: Callable[[int], None] | None = None,
     **changes: Any,
@@ -120,38 +205,52 @@ def sample(
     Args:
         source: anything :func:`load` takes, or a pipeline.
         labels: one per image, or fewer, repeated in turn.
+        size: (height, width) in pixels, where it differs from the training size.
         sampling: all settings; ``changes`` are single fields of it, such as ``guidance_scale=2.0``.
         on_batch: hears how many images are done.
+
+    Raises:
+        ValueError: for a value out of range, before anything is computed.
     """
     for name, value in (("count", count), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    if labels is not None and not len(labels):
+        raise ValueError("labels must name at least one class, got none; leave them out to draw all classes in turn")
     pipe = source if isinstance(source, ImagePipeline) else load(source)
     settings = replace(sampling or pipe.sampling, **changes)
     if labels is None and pipe.num_classes:
         labels = range(pipe.num_classes)
-    wanted = None if labels is None else [int(labels[k % len(labels)]) for k in range(count)]
+    wanted = None if labels is None else np.resize(np.asarray(labels), count)
     parts, evaluations, refreshes = [], 0, 0
     started = time.perf_counter()
     for first in range(0, count, batch_size):
-        size = min(batch_size, count - first)
-        chosen = None if wanted is None else wanted[first : first + size]
-        output = pipe(chosen, num_images=size, seed=seed, first_image=first, sampling=settings, output_type="np")
-        parts.append((np.asarray(output.images) * 255).round().astype(np.uint8))  # type: ignore[union-attr]
-        evaluations += pipe.last_run["network_evaluations"] * size
-        refreshes += pipe.last_run["encoder_passes"] * size
+        part = min(batch_size, count - first)
+        chosen = None if wanted is None else torch.from_numpy(wanted[first : first + part])
+        parts.append(_draw(pipe, chosen, num_images=part, seed=seed, first_image=first, sampling=settings, size=size))
+        evaluations += pipe.last_run["network_evaluations"] * part
+        refreshes += pipe.last_run["encoder_passes"] * part
         if on_batch is not None:
-            on_batch(first + size)
+            on_batch(first + part)
     report = {
         "count": count,
         "seed": seed,
         "seconds": round(time.perf_counter() - started, 3),
         "network_evaluations": evaluations,
         "encoder_passes": refreshes,
+        "space": "pixels" if pipe.makes_pictures else "latents",
         "sampling": to_dict(settings),
         "origin": pipe.origin,
         "versions": provenance(),
         "threads": torch.get_num_threads(),
         "device": str(pipe.device),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
     }
-    return Samples(np.concatenate(parts), None if wanted is None else np.asarray(wanted, np.int64), report)
+    return Samples(np.concatenate(parts), None if wanted is None else wanted.astype(np.int64), report)
+
+
+def _draw(pipe: ImagePipeline, labels: torch.Tensor | None, **request: Any) -> np.ndarray:
+    if not pipe.makes_pictures:
+        return pipe(labels, output_type="latent", **request).images.cpu().numpy()  # type: ignore[union-attr]
+    images = pipe(labels, output_type="np", **request).images  # type: ignore[union-attr]
+    return (np.asarray(images) * 255).round().astype(np.uint8)

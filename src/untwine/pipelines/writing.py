@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from untwine.pipelines.image import to_pil
 from untwine.pipelines.loading import Samples
+
+_PICTURE = re.compile(r"\d{6,}\.png")
 
 
 def prepare_folder(folder: Path) -> Path:
@@ -41,16 +44,32 @@ def make_grid(images: np.ndarray, *, columns: int | None = None, scale: int = 1,
 
 
 def save_samples(samples: Samples, folder: Path, *, columns: int | None = None, pictures: bool = True) -> None:
-    """Writes ``000000.png`` ..., ``grid.png``, ``samples.npz`` (arr_0 images, arr_1 labels) and ``report.json``."""
-    if pictures:
+    """Writes ``000000.png`` ..., ``grid.png``, ``samples.npz`` (arr_0 images, arr_1 labels) and ``report.json``.
+
+    Files of an earlier set in the same folder are replaced, so that what lies there is one set; the report comes last.
+    Latents without a codec make no pictures.
+    """
+    _remove_earlier(folder)
+    if samples.are_pictures:
         digits = max(6, len(str(len(samples.images))))
-        for k, image in enumerate(samples.images):
+        for k, image in enumerate(samples.images if pictures else ()):
             to_pil(image).save(folder / f"{k:0{digits}d}.png", pnginfo=_metadata(samples, k))
-    scale = max(1, 32 // samples.images.shape[1])
-    make_grid(samples.images[:400], columns=columns, scale=scale).save(folder / "grid.png")
+        scale = max(1, 32 // samples.images.shape[1])
+        make_grid(samples.images[:400], columns=columns, scale=scale).save(folder / "grid.png")
     arrays = {"arr_0": samples.images} | ({} if samples.labels is None else {"arr_1": samples.labels})
     np.savez(folder / "samples.npz", **arrays)
     (folder / "report.json").write_text(json.dumps(samples.report, indent=2) + "\n", encoding="utf-8")
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Removes what :func:`save_samples` wrote here before, and nothing in a folder without its report."""
+    report = folder / "report.json"
+    if not report.is_file():
+        return
+    for file in folder.iterdir():
+        if _PICTURE.fullmatch(file.name) or file.name in ("grid.png", "samples.npz"):
+            file.unlink()
+    report.unlink()
 
 
 def _metadata(samples: Samples, k: int) -> PngInfo:
