@@ -123,6 +123,8 @@ class Sampling:
     """memory that cached decoder modulations may take"""
 
     def __post_init__(self) -> None:
+        if isinstance(self.num_inference_steps, bool) or not self.num_inference_steps >= 1:
+            raise ValueError(f"num_inference_steps must be an integer >= 1, got {self.num_inference_steps}")
         self.weights(conditional=True)
         TimeGrid(self.num_inference_steps, self.shift, self.last_step)
         if not 1 <= self.refresh_every <= self.num_inference_steps:

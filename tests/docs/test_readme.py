@@ -1,0 +1,66 @@
+"""What the README tells a newcomer to type is typed here."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from untwine.cli import main
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "README.md").read_text()
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("untwine ")
+]
+SHORT = ["--train.num-steps", "2", "--train.batch-size", "4", "--train.validation", "10"]
+
+
+@pytest.fixture
+def somewhere(tmp_path, monkeypatch):
+    """A folder with a few pictures, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    for k in range(24):
+        path = tmp_path / "my_images" / f"{k}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (70, 80), (10 * k, 100, 200 - 5 * k)).save(path)
+
+
+def test_python_example_runs(somewhere):
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["samples"].images.shape == (20, 8, 8, 1)
+    assert Image.open("three.png").size == (8, 8)
+
+
+def test_commands_run(somewhere, capsys):
+    """In the order of the page; training is cut to two steps, official weights are not at hand."""
+    assert len(COMMANDS) >= 6
+    ran = 0
+    for command in COMMANDS:
+        if command[1] == "convert":
+            continue
+        more = SHORT if command[1] == "train" else []
+        assert main([*command[1:], *more]) == 0, f"{shlex.join(command)}: {capsys.readouterr().err}"
+        ran += 1
+    assert ran >= 6
+    assert Path("out/samples/grid.png").is_file()
+    assert Path("runs/digits/checkpoints/step-2/manifest.json").is_file()
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", TEXT, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_pictures_exist():
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT):
+        assert (ROOT / path).is_file(), path
