@@ -11,6 +11,9 @@ import torch
 import untwine as library
 from tests.parity.test_official_files import OFFICIAL, SPLIT, official_weights
 
+# What the weights of a network of no published size do not tell.
+SIZES = ("--config", "in_channels=4", "--config", "num_encoder_blocks=2")
+
 
 @pytest.fixture
 def official_file(tmp_path):
@@ -38,7 +41,9 @@ def test_a_run_becomes_a_pipeline(untwine, run_folder, tmp_path):
 def test_bfloat16_halves_the_file_and_converts_again(untwine, run_folder, tmp_path):
     untwine("convert", run_folder, "--out", tmp_path / "full")
     untwine("convert", tmp_path / "full", "--out", tmp_path / "half", "--dtype", "bfloat16")
-    full, half = ((tmp_path / n / "model" / "diffusion_pytorch_model.safetensors").stat().st_size for n in ("full", "half"))
+    full, half = (
+        (tmp_path / n / "model" / "diffusion_pytorch_model.safetensors").stat().st_size for n in ("full", "half")
+    )
     assert half < 0.6 * full
     a, b = library.load(tmp_path / "half").model, library.load(tmp_path / "full").model
     for (name, x), y in zip(a.named_parameters(), b.parameters()):
@@ -48,7 +53,7 @@ def test_bfloat16_halves_the_file_and_converts_again(untwine, run_folder, tmp_pa
 def test_official_weights(untwine, official_file, tmp_path):
     """The averaged weights, as a pipeline with the authors' sampling; without their codec it draws latents."""
     out = tmp_path / "official"
-    status, told, _ = untwine("convert", official_file, "--out", out, "--config", "patch_size=2", "--latent-size", 8, 12)
+    status, told, _ = untwine("convert", official_file, "--out", out, *SIZES, "--latent-size", 8, 12)
     assert status == 0
     assert "no image codec" in told
     pipe = library.load(out)
@@ -58,10 +63,12 @@ def test_official_weights(untwine, official_file, tmp_path):
     assert pipe.latent_shape == (4, 8, 12)
     assert (pipe.sampling.num_inference_steps, pipe.sampling.guidance_interval) == (250, (0.0, 0.7))
     assert pipe.origin["weights"] == "ema_denoiser."
-    with pytest.raises(ValueError, match="output_type 'pil' needs an image codec.*4 channels"):
+    with pytest.raises(ValueError, match=r"output_type 'pil' needs an image codec.*4 channels"):
         pipe(num_inference_steps=1)
     folder = tmp_path / "samples"
-    status, told, _ = untwine("sample", out, "--out", folder, "--count", 3, "--num-inference-steps", 2, "--last-step", "None")
+    status, told, _ = untwine(
+        "sample", out, "--out", folder, "--count", 3, "--num-inference-steps", 2, "--last-step", "None"
+    )
     assert status == 0
     assert "latents" in told
     assert sorted(p.name for p in folder.iterdir()) == ["report.json", "samples.npz"]
@@ -77,11 +84,11 @@ def test_official_options_in_words(untwine, refused, tmp_path):
     assert "give either in config" in refused("convert", tmp_path / "dit.pt", "--out", tmp_path / "dit")
     assert untwine("convert", tmp_path / "dit.pt", "--out", tmp_path / "dit", *told)[0] == 0
     assert isinstance(library.load(tmp_path / "dit").model, library.ImprovedDiT)
-    message = refused("convert", tmp_path / "dit.pt", "--out", tmp_path / "x", "--config", "num_group=2")
+    message = refused("convert", tmp_path / "dit.pt", "--out", tmp_path / "x", *told, "--config", "num_group=2")
     assert "num_group" in message
     assert "num_groups" in message
-    message = refused("convert", tmp_path / "dit.pt", "--out", tmp_path / "x", "--network", "ddt")
-    assert "s_embedder" in message
+    message = refused("convert", tmp_path / "dit.pt", "--out", tmp_path / "x", *SIZES, "--network", "ddt")
+    assert "s_embedder.proj.weight" in message
     assert "expected KEY=VALUE, got 'num_groups'" in refused(
         "convert", tmp_path / "dit.pt", "--out", tmp_path / "x", "--config", "num_groups"
     )
@@ -91,7 +98,7 @@ def test_official_options_in_words(untwine, refused, tmp_path):
 def test_a_bare_model_folder_is_sampled_too(official_file, tmp_path):
     from untwine.integrations.official import convert
 
-    convert(official_file, "ddt", {"patch_size": 2}, tmp_path / "model")
+    convert(official_file, "ddt", {"in_channels": 4, "num_encoder_blocks": 2}, tmp_path / "model")
     pipe = library.load(tmp_path / "model")
     assert pipe(num_inference_steps=1, output_type="latent").images.shape == (1, 4, 32, 32)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -16,10 +17,13 @@ def _python(program: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS), ["info"]], ids=" ".join)
+HELPS = [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS), ["info"]]
+
+
+@pytest.mark.parametrize("args", HELPS, ids=" ".join)
 def test_needs_no_torch(args):
-    program = f"import sys\nfrom untwine.cli import main\ntry: main({args!r})\nexcept SystemExit as e: assert not e.code\n{CHECK}"
-    done = _python(program)
+    call = f"try: main({args!r})\nexcept SystemExit as stop: assert not stop.code"
+    done = _python(f"import sys\nfrom untwine.cli import main\n{call}\n{CHECK}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     if args[0] in VERBS and len(args) == 2:
@@ -27,7 +31,8 @@ def test_needs_no_torch(args):
 
 
 def test_import_needs_no_torch():
-    done = _python(f"import sys, untwine\nimport untwine.models, untwine.diffusion, untwine.codecs, untwine.data\n{CHECK}")
+    packages = "untwine.models, untwine.diffusion, untwine.codecs, untwine.data"
+    done = _python(f"import sys, untwine, {packages}\n{CHECK}")
     assert done.returncode == 0, done.stderr
 
 
@@ -38,7 +43,7 @@ def test_every_verb_is_listed(untwine):
 
 
 def test_unknown_verb(refused):
-    assert "unknown verb 'sampel'; did you mean 'sample'?" in refused("sampel")
+    assert "unknown verb 'samlpe'; did you mean 'sample'?" in refused("samlpe")
 
 
 def test_help_of_a_recipe_lists_its_options(untwine):
@@ -52,6 +57,24 @@ def test_help_of_a_checkpoint_lists_its_settings(untwine, run_folder):
     status, out, _ = untwine("sample", run_folder, "--help")
     assert status == 0
     assert "--guidance-scale FLOAT" in out
+
+
+def test_interruption_and_lost_reader(untwine, monkeypatch):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("untwine.cli.info.run", interrupt)
+    assert untwine("info") == (130, "", "untwine info: interrupted\n")
+    call = f"{sys.executable} -c 'from untwine.cli import main; main()' info | true"
+    done = subprocess.run(call, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+
+
+def test_tests_reach_no_network():
+    with pytest.raises(RuntimeError, match=r"tried to reach 'example.org'"):
+        socket.create_connection(("example.org", 80), timeout=1)
+    with pytest.raises(RuntimeError, match=r"tried to reach '192.0.2.1'"):
+        socket.socket().connect(("192.0.2.1", 80))
 
 
 def test_info_lists_and_describes(untwine, run_folder):

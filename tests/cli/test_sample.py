@@ -111,7 +111,9 @@ def test_a_flag_value_is_not_taken_for_the_checkpoint(untwine, monkeypatch, tmp_
     """Without a CHECKPOINT, ``--guidance-scale 3`` must not become ``CHECKPOINT = 3``."""
     asked = []
     load = library.load
-    monkeypatch.setattr("untwine.pipelines.loading.load", lambda name, **how: asked.append(name) or load(run_folder, **how))
+    monkeypatch.setattr(
+        "untwine.pipelines.loading.load", lambda name, **how: asked.append(name) or load(run_folder, **how)
+    )
     assert untwine("sample", "--guidance-scale", 3, "--out", tmp_path, *QUICK)[0] == 0
     assert asked == ["ddt-digits"]
     assert json.loads((tmp_path / "report.json").read_text())["sampling"]["guidance_scale"] == 3

@@ -12,7 +12,7 @@ from untwine.diffusion import PATHS, SOLVERS, TIME_DRAWS
 from untwine.diffusion.draws import Draws
 from untwine.diffusion.guidance import Branch, Guided, Interval, classifier_free
 from untwine.diffusion.paths import CosinePath, LinearPath
-from untwine.diffusion.sampling import Cancelled, Sampling, integrate
+from untwine.diffusion.sampling import Cancelled, Sampling, integrate, sample
 from untwine.diffusion.solvers import DDIM, AdamsBashforth, AncestralDDPM, Euler, Heun, adams_weights
 from untwine.diffusion.timesteps import TimeGrid, dimension_shift, discrete_grid, shift_time
 from untwine.testing import check_path, check_solver, check_time_draw
@@ -220,6 +220,14 @@ def test_autoguidance_and_negative_conditions_are_weight_tables():
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+def test_sharing_without_a_state_is_refused():
+    class Plain:
+        decoupled, predicts, accepts = False, "velocity", frozenset()
+
+    with pytest.raises(ValueError, match="Plain has no encoder state"):
+        sample(Plain(), Condition(), (1, 4, 4), torch.arange(2), draws=Draws(0), sampling=Sampling(refresh_every=2))
+
+
 def test_driver_projects_reports_and_cancels():
     data_seen = []
     known = torch.tensor([[True, False, False]])
@@ -264,7 +272,7 @@ BAD = [
     (lambda: classifier_free(-1.0), "guidance_scale"),
     (lambda: AdamsBashforth(5), "order must be 1, 2, 3 or 4"),
     (lambda: DDIM(eta=2.0), "eta must be within"),
-    (lambda: Sampling(num_inference_steps=-3), "num_steps"),
+    (lambda: Sampling(num_inference_steps=-3), "num_inference_steps"),
     (lambda: Sampling(guidance_interval=(0.8, 0.3)), "guidance_interval must be increasing"),
     (lambda: Sampling(num_inference_steps=5, refresh_every=6), "refresh_every must be within"),
     (lambda: discrete_grid(10, 11), "num_steps must be within"),

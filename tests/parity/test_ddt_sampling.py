@@ -59,13 +59,16 @@ class ClosedForm:
 
 def _solver(kwargs):
     kind = kwargs["kind"]
-    rule = kwargs.get("step_fn", "ode_step_fn").removesuffix("_step_fn").replace("sde_", "")
+    rule, last_rule = (
+        kwargs.get(name, "ode_step_fn").removesuffix("_step_fn").replace("sde_", "")
+        for name in ("step_fn", "last_step_fn")
+    )
     if kind == "heun":
-        return Heun(reuse=not kwargs.get("exact_henu", False), rule=rule)
+        return Heun(reuse=not kwargs.get("exact_henu", False), rule=rule, last_rule=last_rule)
     if kind == "adamlm":
         nodes = NODES.get(kwargs.get("lms_transform", ""), "time")
         return AdamsBashforth(kwargs.get("order", 2), nodes, precision="float32")
-    return Euler(rule)
+    return Euler(rule, last_rule=last_rule)
 
 
 def _refresh(kwargs):

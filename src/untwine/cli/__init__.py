@@ -1,4 +1,4 @@
-"""``untwine VERB``: one file a verb. Help is read from static tables, so that it imports neither torch nor diffusers."""
+"""``untwine VERB``: one file a verb. Help is read from static tables and imports neither torch nor diffusers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import untwine
 VERBS = {
     "train": "train a recipe, or continue its run",
     "sample": "draw images from a checkpoint into a folder",
+    "data": "prepare data: the emoji pictures, or a cache of the latents of a recipe",
     "convert": "turn official weights, or a run, into a pipeline folder that loads anywhere",
     "info": "what there is: models, recipes, solvers, checkpoints; or one of them in detail",
 }
@@ -42,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(verb: str, *args: str) -> int:
     """One verb, with a user's errors told in a line instead of a traceback."""
     try:
-        return import_module(f"untwine.cli.{verb}").run(list(args))
+        status = import_module(f"untwine.cli.{verb}").run(list(args))
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print(f"untwine {verb}: interrupted", file=sys.stderr)
         return 130
@@ -52,7 +55,7 @@ def _run(verb: str, *args: str) -> int:
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         if os.environ.get("UNTWINE_TRACEBACK"):
             raise
-        ours = isinstance(error, ValueError | ImportError) or type(error).__module__.startswith("untwine")
-        hint = "" if ours else " (UNTWINE_TRACEBACK=1 shows where)"
+        told = isinstance(error, ValueError) or type(error).__module__.startswith("untwine")
+        hint = "" if told else " (UNTWINE_TRACEBACK=1 shows where)"
         print(f"untwine {verb}: {error}{hint}", file=sys.stderr)
         return 2

@@ -21,9 +21,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 class ConvertOptions:
     """Writes a saved pipeline, which `untwine sample`, untwine.load and ImagePipeline.from_pretrained read.
 
-    A file as SOURCE holds official weights: Lightning .ckpt, .pt, .pth or .safetensors; averaged weights are taken where
-    it has both. Only plain tensors are read from pickles, never code. Anything else is what `untwine sample` takes: a
-    run or checkpoint folder, a shipped name, a saved pipeline, a hub id.
+    A file as SOURCE holds official weights: Lightning .ckpt, .pt, .pth or .safetensors; averaged weights are taken
+    where it has both. Only plain tensors are read from pickles, never code. Anything else is what `untwine sample`
+    takes: a run or checkpoint folder, a shipped name, a saved pipeline, a hub id.
     """
 
     source: Annotated[Positional[str], arg(metavar="SOURCE")]
@@ -111,8 +111,9 @@ def _arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _told(pipe: Any, dtype: str) -> dict[str, Any]:
+    size = sum(p.numel() for p in pipe.model.parameters())
     facts = {
-        "model": f"{type(pipe.model).__name__}, {sum(p.numel() for p in pipe.model.parameters()):,} parameters, {dtype}",
+        "model": f"{type(pipe.model).__name__}, {size:,} parameters, {dtype}",
         "latents": pipe.latent_shape,
         "origin": brief(pipe.origin),
     }

@@ -40,8 +40,8 @@ class SampleOptions:
     """do not write single pictures"""
 
 
-ALSO = """The settings of the sampler are flags as well, and default to those of the checkpoint: --num-inference-steps 50
---guidance-scale 2.0 --guidance-interval 0 0.7 --shift 1.0 --refresh-every 4 ...;
+ALSO = """The sampler's settings are flags as well, and default to those of the checkpoint: --num-inference-steps 50
+--guidance-scale 2.0 --guidance-interval 0 0.7 --shift 1.0 --refresh-every 4 ...
 untwine sample CHECKPOINT --help lists them all."""
 
 

@@ -50,7 +50,11 @@ def run(args: list[str]) -> int:
         print(yaml.safe_dump(recipe.to_dict(), sort_keys=False), end="")
         return 0
     log_to_console()
+    from untwine.pipelines.loading import open_run
     from untwine.training.trainer import Trainer
+
+    if options.init is not None:
+        open_run(options.init, options.init_weights)  # before anything is built or written
 
     trainer = Trainer(recipe, options.out, init=options.init, init_weights=options.init_weights, device=options.device)
     try:
@@ -79,8 +83,8 @@ def _rounded(value: float | None) -> str:
 
 def _describe(trainer: Any) -> None:
     recipe, networks = trainer.recipe, trainer.networks
-    size, plan = len(trainer.training_set), recipe.train
-    names = trainer.dataset.class_names
+    size, plan, names = len(trainer.training_set), recipe.train, trainer.dataset.class_names
+    epochs = plan.num_steps * plan.batch_size / size
     show(
         f"untwine train {recipe.name} (dry run: nothing is trained or written)",
         {
@@ -91,7 +95,7 @@ def _describe(trainer: Any) -> None:
             else "none",
             "model": f"{recipe.model.kind}, {sum(p.numel() for p in networks.model.parameters()):,} parameters",
             "latents": trainer.codec.latent_shape(trainer.dataset.sample_shape),
-            "steps": f"{plan.num_steps} of {plan.batch_size} samples: {plan.num_steps * plan.batch_size / size:.1f} epochs",
+            "steps": f"{plan.num_steps} of {plan.batch_size} samples: {epochs:.1f} epochs",
             "checkpoint": f"{sum(t.numel() * t.element_size() for t in networks.tensors().values()) / 2**20:.1f} MiB",
             "device": f"{trainer.processes.device}, {trainer.processes.world_size} process(es)",
         },

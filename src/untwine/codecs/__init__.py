@@ -2,4 +2,10 @@
 
 from untwine.registry import Registry
 
-CODECS = Registry("codec", {"identity": "untwine.codecs.identity:IdentityCodec"})
+CODECS = Registry(
+    "codec",
+    {
+        "identity": "untwine.codecs.identity:IdentityCodec",
+        "vae": "untwine.codecs.vae:VAECodec",
+    },
+)

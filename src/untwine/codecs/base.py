@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from untwine.diffusion.draws import Draws
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,14 @@ class Encoding:
     """posterior deviation, None for a deterministic codec"""
     side: dict[str, Tensor] = field(default_factory=dict)
     """what :meth:`Codec.decode` needs besides the latents"""
+
+    @classmethod
+    def drawn(cls, mean: Tensor, std: Tensor | None, draws: Draws | None, index: Tensor | None) -> Encoding:
+        """One sample of a Gaussian posterior, row b by (draws, index[b]); its mean where there is nothing to draw."""
+        if std is None or draws is None or index is None:
+            return cls(mean, mean, std)
+        noise = draws.normal("codec/posterior", mean.shape[1:], index, device=mean.device)
+        return cls(mean + std * noise, mean, std)
 
 
 class Codec(ABC):
@@ -61,3 +72,19 @@ class Codec(ABC):
     @abstractmethod
     def sample_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The inverse of :meth:`latent_shape`."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON values that tell the latents of this codec from another's; a cache of latents is compared by them."""
+        options = asdict(self) if is_dataclass(self) else {}
+        return {"class": type(self).__name__, **options}
+
+
+def warn_unless_unit(std: float, source: str) -> None:
+    """Warns where latents are far from the unit deviation that noise schedules and losses expect."""
+    if not 0.5 <= std <= 2:
+        logger.warning(
+            "%s have a standard deviation of %.3g, outside 0.5-2: training will be slow or fail; set the codec's mean "
+            "and std to those of the latents before normalisation",
+            source,
+            std,
+        )

@@ -6,7 +6,10 @@ DATASETS = Registry(
     "dataset",
     {
         "digits": "untwine.data.digits:Digits",
+        "emoji": "untwine.data.emoji:Emoji",
         "fashion": "untwine.data.fashion:FashionMNIST",
         "folder": "untwine.data.folder:ImageFolder",
+        "hf": "untwine.data.huggingface:HuggingFace",
+        "latents": "untwine.data.latents:Latents",
     },
 )

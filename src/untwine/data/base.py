@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
+from untwine.codecs.base import Codec
 from untwine.diffusion.draws import Draws
 
 
@@ -28,6 +29,10 @@ class Dataset(ABC):
     labels: np.ndarray | None = None
     """(len,) int64 in [0, num_classes), or None"""
     captions: list[str] | None = None
+    names: list[str] | None = None
+    """what the source calls each sample, such as a relative path"""
+    groups: np.ndarray | None = None
+    """(len,) int64: samples of one group, such as two drawings of one thing, are held out together or not at all"""
     max_corrupt: float = 0.0
     """fraction of unreadable samples at which reading stops"""
 
@@ -48,10 +53,16 @@ class Dataset(ABC):
     def fingerprint(self) -> dict[str, Any]:
         """JSON values that tell this data from other data: count, bytes and sampled hashes."""
 
+    def bind(self, codec: Codec) -> Codec:
+        """The codec that encodes what :meth:`read` returns, for data whose latents ``codec`` shall decode."""
+        return codec
+
     def split(self, validation: int | float, seed: int) -> tuple[Dataset, Dataset]:
         """(training, held out): a count or a fraction in [0, 1) of the samples is held out, stratified by class.
 
-        The division is a function of (seed, labels). Both parts keep the label ids and class names.
+        The division is a function of (seed, labels, groups). Both parts keep the label ids and class names. With
+        groups, whole groups are held out, each counted under the class of its first sample, so that the count is met
+        only as closely as they allow.
         """
         size = len(self)
         count = round(validation * size) if isinstance(validation, float) else validation
@@ -60,12 +71,13 @@ class Dataset(ABC):
                 f"validation must be a count in [0, {size - 1}] or a fraction in [0, 1) of {size} samples, "
                 f"got {validation}"
             )
-        order = Draws(seed).permutation("validation", size, 0)
-        labels = np.zeros(size, np.int64) if self.labels is None else self.labels
-        quota = _quotas(np.bincount(labels, minlength=self.num_classes), count)
+        groups = np.arange(size) if self.groups is None else self.groups
+        _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+        labels = np.zeros(len(first), np.int64) if self.labels is None else self.labels[first]
+        order = Draws(seed).permutation("validation", len(first), 0)
+        quota = _quotas(np.bincount(labels, minlength=self.num_classes), round(count * len(first) / size))
         held = np.concatenate([order[labels[order] == label][:n] for label, n in enumerate(quota)])
-        mask = np.zeros(size, bool)
-        mask[held.astype(np.int64)] = True
+        mask = np.isin(group, held)
         return Subset(self, np.flatnonzero(~mask)), Subset(self, np.flatnonzero(mask))
 
 
@@ -80,13 +92,18 @@ class Subset(Dataset):
         self.sample_shape = dataset.sample_shape
         self.max_corrupt = dataset.max_corrupt
         self.labels = None if dataset.labels is None else dataset.labels[positions]
+        self.groups = None if dataset.groups is None else dataset.groups[positions]
         self.captions = None if dataset.captions is None else [dataset.captions[p] for p in positions]
+        self.names = None if dataset.names is None else [dataset.names[p] for p in positions]
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def read(self, position: int, *, draws: Draws | None = None, index: int | None = None) -> Tensor:
         return self.dataset.read(int(self.positions[position]), draws=draws, index=index)
+
+    def bind(self, codec: Codec) -> Codec:
+        return self.dataset.bind(codec)
 
     def fingerprint(self) -> dict[str, Any]:
         digest = hashlib.sha256(np.ascontiguousarray(self.positions, np.int64).tobytes()).hexdigest()

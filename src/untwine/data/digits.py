@@ -37,7 +37,7 @@ class Digits(Dataset):
         if resolution != 8:
             levels = np.stack([np.asarray(center_crop(Image.fromarray(x), resolution)) for x in levels])
         self.images = torch.stack([to_tensor(x, channels=1) for x in levels])
-        self.labels = labels.astype(np.int64)
+        self.labels = np.asarray(labels, np.int64)
         self.sample_shape = (1, resolution, resolution)
 
     def __len__(self) -> int:

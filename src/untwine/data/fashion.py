@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from untwine.data.base import Dataset
+from untwine.data.images import mirrored
 from untwine.diffusion.draws import Draws
 
 PLACES = (Path("/usr/share/datasets/fashion-mnist"), Path("data/fashion-mnist"))
@@ -24,8 +25,8 @@ class FashionMNIST(Dataset):
     """70 000 grey images of ten kinds of clothing, 28 x 28 on a black ground of ``resolution``.
 
     Args:
-        root: folder of the IDX files, plain or gzipped; default: where Debian's ``dataset-fashion-mnist`` puts them, then
-            ``data/fashion-mnist``.
+        root: folder of the IDX files, plain or gzipped; default: where Debian's ``dataset-fashion-mnist`` puts them,
+            then ``data/fashion-mnist``.
         part: the 60 000 training images or the 10 000 test images.
         resolution: side in pixels, at least 28; the rest is black border.
         flip: mirror half of the images at random.
@@ -47,10 +48,10 @@ class FashionMNIST(Dataset):
         folder = _find(root)
         prefix = self.files[part]
         images = read_idx(_one(folder, f"{prefix}-images-idx3-ubyte"), 3)
-        self.labels = read_idx(_one(folder, f"{prefix}-labels-idx1-ubyte"), 1).astype(np.int64)
-        if len(images) != len(self.labels) or images.shape[1:] != (28, 28):
-            raise ValueError(f"{folder}: {images.shape} images do not belong to {len(self.labels)} labels")
-        self.images, self.flip, self.resolution = images, flip, resolution
+        labels = read_idx(_one(folder, f"{prefix}-labels-idx1-ubyte"), 1).astype(np.int64)
+        if len(images) != len(labels) or images.shape[1:] != (28, 28):
+            raise ValueError(f"{folder}: {images.shape} images do not belong to {len(labels)} labels")
+        self.images, self.labels, self.flip, self.resolution = images, labels, flip, resolution
         self.sample_shape = (1, resolution, resolution)
 
     def __len__(self) -> int:
@@ -58,7 +59,7 @@ class FashionMNIST(Dataset):
 
     def read(self, position: int, *, draws: Draws | None = None, index: int | None = None) -> Tensor:
         image = torch.from_numpy(self.images[position]).float() / 127.5 - 1
-        if self.flip and draws is not None and index is not None and draws.uniform("flip", (), [index])[0] < 0.5:
+        if self.flip and mirrored(draws, index):
             image = image.flip(-1)
         before = (self.resolution - 28) // 2
         after = self.resolution - 28 - before
@@ -68,7 +69,7 @@ class FashionMNIST(Dataset):
         return {
             "count": len(self),
             "bytes": self.images.nbytes,
-            "sha256": [hashlib.sha256(part.tobytes()).hexdigest() for part in (self.images, self.labels)],
+            "sha256": [hashlib.sha256(np.asarray(a).tobytes()).hexdigest() for a in (self.images, self.labels)],
         }
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from untwine.data.base import CorruptImage, Dataset
-from untwine.data.images import center_crop, decode, random_crop, to_tensor
+from untwine.data.images import Preparation, decode
 from untwine.diffusion.draws import Draws
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class ImageFolder(Dataset):
                 f"resolution must be at least 1 and max_corrupt in [0, 1], got {resolution} and {max_corrupt}"
             )
         self.resolution, self.channels, self.flip, self.crop = resolution, channels, flip, crop
+        self.prepare = Preparation(resolution, channels, crop, flip)
         self.max_corrupt, self.sample_shape = max_corrupt, (channels, resolution, resolution)
         self.files, self.num_ignored = _scan(self.root)
         if not self.files:
@@ -75,6 +76,7 @@ class ImageFolder(Dataset):
             raise ValueError(
                 f"root has no images: {str(root)!r} ({self.num_ignored} other files; images end in {known})"
             )
+        self.names = self.files
         self.layout = self._detect() if layout == "auto" else layout
         if self.layout == "classes":
             self._read_classes()
@@ -95,25 +97,12 @@ class ImageFolder(Dataset):
             self._warned_small = True
             logger.warning("images smaller than %d are upscaled, the first: %s", self.resolution, path)
         try:
-            image = self._cut(image, draws, index)
+            return self.prepare(image, draws, index)
         except CorruptImage as error:
             raise CorruptImage(f"{path}: {error}") from error
-        x = to_tensor(image, self.channels)
-        if self.flip and draws is not None and draws.uniform("augment/flip", (), [index or 0]) < 0.5:
-            x = x.flip(-1)
-        return x
 
     def fingerprint(self) -> dict[str, Any]:
-        names = hashlib.sha256("\0".join(self.files).encode(errors="surrogateescape"))
-        total = sum((self.root / name).stat().st_size for name in self.files)
-        sampled = np.unique(np.linspace(0, len(self) - 1, 16).astype(int))
-        hashes = [hashlib.sha256((self.root / self.files[i]).read_bytes()).hexdigest() for i in sampled]
-        return {"count": len(self), "bytes": total, "names": names.hexdigest(), "sha256": hashes}
-
-    def _cut(self, image: Image.Image, draws: Draws | None, index: int | None) -> Image.Image:
-        if self.crop == "center" or draws is None:
-            return center_crop(image, self.resolution)
-        return random_crop(image, self.resolution, draws.uniform("augment/crop", (3,), [index or 0])[0])
+        return fingerprint_of(self.root, self.files)
 
     def _detect(self) -> Literal["flat", "classes", "captions"]:
         if (self.root / "metadata.jsonl").is_file() or any(self._caption_file(name).is_file() for name in self.files):
@@ -161,6 +150,15 @@ class ImageFolder(Dataset):
                 f"{len(small)} images are smaller than resolution = {self.resolution} ({_some(small)}); remove them, "
                 "lower the resolution, or use on_small='upscale'"
             )
+
+
+def fingerprint_of(root: Path, files: list[str]) -> dict[str, Any]:
+    """Count, bytes, a hash of the names, and hashes of 16 of the files."""
+    names = hashlib.sha256("\0".join(files).encode(errors="surrogateescape"))
+    total = sum((root / name).stat().st_size for name in files)
+    sampled = np.unique(np.linspace(0, len(files) - 1, 16).astype(int))
+    hashes = [hashlib.sha256((root / files[i]).read_bytes()).hexdigest() for i in sampled]
+    return {"count": len(files), "bytes": total, "names": names.hexdigest(), "sha256": hashes}
 
 
 def _scan(root: Path) -> tuple[list[str], int]:

@@ -10,7 +10,10 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,24 +21,29 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from untwine.data.base import CorruptImage
+from untwine.diffusion.draws import Draws
 
 MAX_PIXELS = 64_000_000
 
 
-def decode(path: str | Path, channels: int = 3) -> Image.Image:
+def decode(source: str | Path | bytes, channels: int = 3, *, name: str | None = None) -> Image.Image:
     """The picture in a file, mode RGB (3 channels), L (1 channel) or F (grey of 16 bits, levels 0..255).
+
+    Args:
+        source: a path, or the content of a file.
+        name: what messages call it; default: the path.
 
     Raises:
         CorruptImage: whatever is wrong with the file, one message naming it.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise CorruptImage(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS} are read")
             image.load()
             return _convert(ImageOps.exif_transpose(image), channels)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
-        raise CorruptImage(f"{path}: {error or type(error).__name__}") from error
+        raise CorruptImage(f"{name or source!s}: {error or type(error).__name__}") from error
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
@@ -92,3 +100,33 @@ def to_tensor(image: Image.Image | np.ndarray, channels: int = 3) -> Tensor:
     levels = torch.from_numpy(np.array(image, dtype=np.float32)) / 127.5 - 1
     levels = levels[None].expand(channels, -1, -1) if levels.ndim == 2 else levels.permute(2, 0, 1)
     return levels.clamp(-1, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a picture becomes a square sample; augmentation is a function of (draws, index), and off without draws."""
+
+    resolution: int
+    """side in pixels"""
+    channels: int = 3
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    """mirror half of the samples"""
+
+    def __post_init__(self) -> None:
+        if self.resolution < 1:
+            raise ValueError(f"resolution must be at least 1, got {self.resolution}")
+
+    def __call__(self, image: Image.Image, draws: Draws | None = None, index: int | None = None) -> Tensor:
+        """(channels, resolution, resolution) float32 in [-1, 1]."""
+        if self.crop == "center" or draws is None:
+            image = center_crop(image, self.resolution)
+        else:
+            image = random_crop(image, self.resolution, draws.uniform("augment/crop", (3,), [index or 0])[0])
+        x = to_tensor(image, self.channels)
+        return x.flip(-1) if self.flip and mirrored(draws, index) else x
+
+
+def mirrored(draws: Draws | None, index: int | None) -> bool:
+    """Whether the flip augmentation mirrors sample ``index``: half of them, none without draws."""
+    return draws is not None and bool(draws.uniform("augment/flip", (), [index or 0]) < 0.5)

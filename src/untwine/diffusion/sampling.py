@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,7 +149,7 @@ class Sampling:
 
 @torch.no_grad()
 def sample(
-    model,
+    model: Any,
     condition: Condition,
     shape: tuple[int, ...],
     index: Tensor,
@@ -168,6 +169,11 @@ def sample(
     grid = sampling.grid(path)
     if refresh is None and sampling.refresh_every > 1:
         refresh = range(0, sampling.num_inference_steps, sampling.refresh_every)
+    if refresh is not None and not model.decoupled:
+        raise ValueError(
+            f"refresh: {type(model).__name__} has no encoder state to share between steps; leave refresh and "
+            "refresh_every at their defaults, or use a decoupled backbone such as ddt"
+        )
     conditional = bool(model.accepts)
     branches = {"cond": Branch(model, condition.to(device))}
     if conditional:

@@ -72,24 +72,27 @@ def advance(
 
 @dataclass(frozen=True)
 class Euler(Solver):
-    """Euler's method on the ODE, or Euler-Maruyama on the SDE whose ``rule`` :func:`advance` lists. One evaluation.
-
-    The last step is the ODE's, so that the result carries no fresh noise.
-    """
+    """Euler's method on the ODE, or Euler-Maruyama on the SDE whose ``rule`` :func:`advance` lists. One evaluation."""
 
     rule: Rule = "ode"
     weight: Literal["sigma", "one"] = "sigma"
     """the diffusion weight w(t)"""
+    last_rule: Rule = "ode"
+    """of the last step; the ODE's leaves no fresh noise in the result"""
 
     @property
     def stochastic(self) -> bool:
-        return self.rule in ("sde", "preserve")
+        return _draws_noise(self.rule, self.last_rule)
 
     def step(self, denoise, x, memory, i, grid, path, noise):
-        rule = "ode" if _is_last(i, grid) else self.rule
+        rule = self.last_rule if _is_last(i, grid) else self.rule
         weight = diffusion_weight(self.weight, path, grid[i])
         dt = float(grid[i + 1] - grid[i])
         return advance(x, denoise(x, grid[i], 0), dt, rule=rule, weight=weight, noise=lambda: noise(0)), memory
+
+
+def _draws_noise(*rules: Rule) -> bool:
+    return any(rule in ("sde", "preserve") for rule in rules)
 
 
 def diffusion_weight(kind: Literal["sigma", "one"], path: Path, t: Tensor) -> float:
@@ -99,7 +102,7 @@ def diffusion_weight(kind: Literal["sigma", "one"], path: Path, t: Tensor) -> fl
 
 @dataclass(frozen=True)
 class Heun(Solver):
-    """The trapezoid rule with an Euler predictor, on the ODE or on an SDE rule; the last step is the ODE's Euler.
+    """The trapezoid rule with an Euler predictor, on the ODE or on an SDE rule; the last step is Euler's.
 
     ``reuse=False`` evaluates twice a step (order 2). ``reuse=True`` predicts with the previous step's corrector
     evaluation, one evaluation a step after the first, as the official DDT code does by default.
@@ -108,10 +111,11 @@ class Heun(Solver):
     reuse: bool = False
     rule: Rule = "ode"
     weight: Literal["sigma", "one"] = "sigma"
+    last_rule: Rule = "ode"
 
     @property
     def stochastic(self) -> bool:
-        return self.rule in ("sde", "preserve")
+        return _draws_noise(self.rule, self.last_rule)
 
     def evaluations(self, i: int, grid: Tensor) -> tuple[tuple[int, float], ...]:
         first = ((0, float(grid[i])),) if i == 0 or not self.reuse else ()
@@ -122,7 +126,7 @@ class Heun(Solver):
         weight = diffusion_weight(self.weight, path, grid[i])
         before = denoise(x, grid[i], 0) if memory is None or not self.reuse else memory
         if _is_last(i, grid):
-            return advance(x, before, dt, rule="ode", weight=weight, noise=lambda: noise(0)), None
+            return advance(x, before, dt, rule=self.last_rule, weight=weight, noise=lambda: noise(0)), None
         guess = advance(x, before, dt, rule=self.rule, weight=weight, noise=lambda: noise(0))
         after = denoise(guess, grid[i + 1], 1)
         both = _Mean(before, after)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from untwine.config import to_dict
+from untwine.contracts import check_labels
 from untwine.diffusion.sampling import Sampling
 from untwine.models import MODELS
 from untwine.pipelines.image import ImagePipeline, provenance
@@ -142,21 +143,28 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def open_run(folder: Path, weights: str) -> Path:
+    """The newest intact checkpoint of a run, or ``folder`` itself where it is one, that holds ``weights``.
+
+    Raises:
+        ValueError: where there is no checkpoint, or it has no such weights.
+        CheckpointError: where every checkpoint is damaged.
+    """
+    inner = folder / CHECKPOINTS
+    path = folder if (folder / _MANIFEST).is_file() else checkpoint.latest(inner if inner.is_dir() else folder)
+    if path is None:
+        raise ValueError(f"{folder} holds no checkpoint of a run; give a run folder, or a checkpoint in it")
+    known = [*(f"ema:{k}" for k in range(len(checkpoint.read_config(path)["ema"]))), "raw"]
+    if weights not in known:
+        raise ValueError(f"weights: {folder} has no {weights!r} (known: {', '.join(known)})")
+    return path
+
+
 def _from_run(folder: Path, weights: str) -> ImagePipeline:
-    """The pipeline of a run's newest intact checkpoint, or of one checkpoint."""
-    if (folder / _MANIFEST).is_file():
-        path = folder
-    else:
-        inner = folder / CHECKPOINTS
-        path = checkpoint.latest(inner if inner.is_dir() else folder)
-        if path is None:
-            raise ValueError(f"{folder} holds no checkpoint and no {_INDEX}; give a run folder or a saved pipeline")
+    path = open_run(folder, weights)
     recipe = Recipe.from_dict(checkpoint.read_config(path))
     state = checkpoint.read_state(path)
-    averages = [f"ema:{k}" for k in range(len(recipe.ema))]
-    if weights not in ("raw", *averages):
-        raise ValueError(f"weights: {folder} has no {weights!r} (known: {', '.join([*averages, 'raw'])})")
-    model = recipe.model.build()
+    model: Any = recipe.model.build()
     prefix = "model." if weights == "raw" else f"{weights.replace(':', '.')}."
     report = checkpoint.load_matching(path, {prefix + name: p.detach() for name, p in model.named_parameters()})
     if report.reinitialised:
@@ -221,6 +229,8 @@ def sample(
     settings = replace(sampling or pipe.sampling, **changes)
     if labels is None and pipe.num_classes:
         labels = range(pipe.num_classes)
+    elif labels is not None and pipe.num_classes:
+        check_labels(labels, pipe.num_classes)  # all of them now, not each in its batch
     wanted = None if labels is None else np.resize(np.asarray(labels), count)
     parts, evaluations, refreshes = [], 0, 0
     started = time.perf_counter()
@@ -238,15 +248,21 @@ def sample(
         "seconds": round(time.perf_counter() - started, 3),
         "network_evaluations": evaluations,
         "encoder_passes": refreshes,
-        "space": "pixels" if pipe.makes_pictures else "latents",
         "sampling": to_dict(settings),
+        **_circumstances(pipe),
+    }
+    return Samples(np.concatenate(parts), None if wanted is None else wanted.astype(np.int64), report)
+
+
+def _circumstances(pipe: ImagePipeline) -> dict[str, Any]:
+    return {
+        "space": "pixels" if pipe.makes_pictures else "latents",
         "origin": pipe.origin,
         "versions": provenance(),
         "threads": torch.get_num_threads(),
         "device": str(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
     }
-    return Samples(np.concatenate(parts), None if wanted is None else wanted.astype(np.int64), report)
 
 
 def _draw(pipe: ImagePipeline, labels: torch.Tensor | None, **request: Any) -> np.ndarray:

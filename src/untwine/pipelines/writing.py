@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -56,7 +57,7 @@ def save_samples(samples: Samples, folder: Path, *, columns: int | None = None, 
             to_pil(image).save(folder / f"{k:0{digits}d}.png", pnginfo=_metadata(samples, k))
         scale = max(1, 32 // samples.images.shape[1])
         make_grid(samples.images[:400], columns=columns, scale=scale).save(folder / "grid.png")
-    arrays = {"arr_0": samples.images} | ({} if samples.labels is None else {"arr_1": samples.labels})
+    arrays: dict[str, Any] = {"arr_0": samples.images} | ({} if samples.labels is None else {"arr_1": samples.labels})
     np.savez(folder / "samples.npz", **arrays)
     (folder / "report.json").write_text(json.dumps(samples.report, indent=2) + "\n", encoding="utf-8")
 

@@ -90,12 +90,24 @@ class Distributed:
         return mean / self.world_size
 
     def agree(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on any process: a signal or a failure of one becomes the decision of all."""
+        """Whether ``flag`` is true on any process: a failure of one becomes the decision of all."""
+        return bool(self.agree_on(int(flag)))
+
+    def agree_on(self, number: int) -> int:
+        """The largest ``number`` of any process, on all of them; exchanged between the hosts where they can."""
         if self.world_size == 1:
-            return bool(flag)
-        votes = torch.tensor(int(flag), device="cpu" if self.owns_group else self.device)
+            return number
+        votes = torch.tensor(number, device="cpu" if self.owns_group else self.device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return bool(votes.item())
+        return int(votes)
+
+    def gather(self, value: Tensor) -> Tensor:
+        """(ranks, *shape): the ``value`` of every process, all of one shape, on all of them."""
+        if self.world_size == 1:
+            return value[None]
+        parts = [torch.empty_like(value) for _ in range(self.world_size)]
+        dist.all_gather(parts, value.contiguous())
+        return torch.stack(parts)
 
     def barrier(self) -> None:
         """Waits for every process."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from untwine.contracts import Loss
 from untwine.training.distributed import Distributed
 
+logger = logging.getLogger(__name__)
 NUM_BINS = 10
 """time bins of equal width on [0, 1]"""
 
@@ -25,20 +28,21 @@ class LossMeter:
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def add(self, loss: Loss, prefix: str = "") -> None:
-        """Adds one micro-batch; nothing is read from the device."""
+    def add(self, loss: Loss, prefix: str = "", weight: float = 1.0) -> None:
+        """Adds one micro-batch, which counts ``weight`` times; nothing is read from the device."""
         for name, value in {"loss": loss.total, **loss.parts}.items():
-            self._add(prefix + name, torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)]))
+            self.add_value(prefix + name, value, weight)
         if loss.per_sample is not None and loss.t is not None:
             bins = (loss.t * NUM_BINS).long().clamp(0, NUM_BINS - 1)
             table = torch.zeros(2, NUM_BINS, device=bins.device)
             table[0].index_add_(0, bins, loss.per_sample.float())
             table[1].index_add_(0, bins, torch.ones_like(loss.per_sample, dtype=torch.float32))
-            self._add(f"{prefix}loss_per_time_bin", table)
+            self._add(f"{prefix}loss_per_time_bin", table * (weight > 0))
 
-    def add_value(self, name: str, value: Tensor) -> None:
-        """Adds one scalar that is the same on every process."""
-        self._add(name, torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)]))
+    def add_value(self, name: str, value: Tensor, weight: float = 1.0) -> None:
+        """Adds one scalar."""
+        value = value.detach().float()
+        self._add(name, torch.stack([value, torch.ones_like(value)]) * weight)
 
     def _add(self, name: str, pair: Tensor) -> None:
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
@@ -64,21 +68,28 @@ class RunLog:
     def __init__(self, path: Path, *, enabled: bool) -> None:
         self.path, self.enabled = path, enabled
         self.started = time.perf_counter()
+        self._torn = enabled and path.exists() and not path.read_bytes().endswith(b"\n")
 
     def write(self, kind: str, **values: Any) -> dict[str, Any]:
-        """Appends a line; ``seconds`` counts from the start of this process."""
+        """Appends a line; ``seconds`` counts from the start of this process. A full disk costs the line only."""
         line = {"kind": kind, **values, "seconds": round(time.perf_counter() - self.started, 3)}
         if self.enabled:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write("\n" * self._torn + json.dumps(line) + "\n")
+                self._torn = False
+            except OSError as error:
+                logger.error("a line of %s is lost: %s", self.path, error)
+                self._torn = True
         return line
 
 
 def read_log(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The lines of a ``log.jsonl``; after a resume, lines of repeated steps are superseded by the later ones."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     latest: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in lines:
-        latest[line["kind"], line.get("step", -1)] = line
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):  # a line that an interruption or a full disk has torn
+            line = json.loads(text)
+            latest[line["kind"], line.get("step", -1)] = line
     found = sorted(latest.values(), key=lambda line: line.get("step", -1))
     return [line for line in found if kind in (None, line["kind"])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from untwine.training.checkpoint import Report, load_matching
 from untwine.training.distributed import Distributed, autocast, no_sync, parallelize, resolve_strategy
-from untwine.training.ema import EMA
+from untwine.training.ema import EMA, PowerEMA
 from untwine.training.objectives.base import Objective, Role
 from untwine.training.optim import OptimizerSet, clip_grad_norm
+from untwine.training.posthoc import SIGMAS
 from untwine.training.recipe import Recipe
 
 
@@ -28,8 +30,9 @@ def seeded(seed: int) -> Iterator[None]:
 class Networks:
     """Builds, parallelises, optimises and averages; :meth:`tensors` is everything that a checkpoint must hold.
 
-    Names in it: ``<network>.<parameter>``, ``objective.<parameter>``, ``ema.<k>.<parameter>`` and
-    ``optimizer.<network>.<parameter>.<state>``; objective parameters are optimised with the model.
+    Names in it: ``<network>.<parameter>``, ``objective.<parameter>``, ``ema.<k>.<parameter>``,
+    ``tracked.<k>.<parameter>`` and ``optimizer.<network>.<parameter>.<state>``; objective parameters are optimised with
+    the model.
     """
 
     def __init__(
@@ -46,6 +49,9 @@ class Networks:
         self._parallelize()
         self.optimizers = {name: self._optimizer(name) for name, role in self.roles.items() if role.trainable}
         self.averages = [EMA(profile, self.modules["model"].named_parameters()) for profile in recipe.ema]
+        tracked = [PowerEMA(sigma_rel=sigma) for sigma in SIGMAS] if recipe.train.ema_snapshots_every else []
+        self.tracked = [EMA(profile, self.modules["model"].named_parameters()) for profile in tracked]
+        """for snapshots, see :mod:`untwine.training.posthoc`"""
         self.updates = dict.fromkeys(self.optimizers, 0)
         """optimizer steps made, by network"""
 
@@ -69,15 +75,11 @@ class Networks:
             own = replace(plan, strategy=strategy, checkpointing=False, compile=False, param_dtype="float32")
             parallelize(self.objective, own, self.processes)
 
-    def named_parameters(self, network: str) -> dict[str, Tensor]:
-        """What the optimizer of a network updates, by checkpoint name."""
+    def _optimizer(self, network: str) -> OptimizerSet:
         named: dict[str, Tensor] = {f"{network}.{n}": p for n, p in self.modules[network].named_parameters()}
         if network == "model":
             named |= {f"objective.{n}": p for n, p in self.objective.named_parameters()}
-        return named
-
-    def _optimizer(self, network: str) -> OptimizerSet:
-        return (self.roles[network].optimizer or self.recipe.optimizer).build(self.named_parameters(network))
+        return (self.roles[network].optimizer or self.recipe.optimizer).build(named)
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of the run by name: the live tensors, to be saved or filled in place."""
@@ -86,8 +88,9 @@ class Networks:
             if self.roles[name].source is None:
                 found |= {f"{name}.{key}": value.detach() for key, value in module.state_dict().items()}
         found |= {f"objective.{key}": value.detach() for key, value in self.objective.state_dict().items()}
-        for k, average in enumerate(self.averages):
-            found |= {f"ema.{k}.{key}": value for key, value in average.tensors().items()}
+        for kind, averages in (("ema", self.averages), ("tracked", self.tracked)):
+            for k, average in enumerate(averages):
+                found |= {f"{kind}.{k}.{key}": value for key, value in average.tensors().items()}
         for name, optimizer in self.optimizers.items():
             found |= {f"optimizer.{name}.{key}": value for key, value in optimizer.tensors().items()}
         return found
@@ -106,7 +109,7 @@ class Networks:
         source = "model." if weights == "raw" else f"ema.{weights.removeprefix('ema:')}."
         live = dict(self.model.named_parameters())
         report = load_matching(checkpoint, {source + name: p.detach() for name, p in live.items()})
-        for average in self.averages:
+        for average in (*self.averages, *self.tracked):
             for name, tensor in average.tensors().items():
                 tensor.copy_(live[name].detach())
         self._teach()
@@ -133,20 +136,30 @@ class Networks:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
 
-    def update(self, network: str, step: int) -> Tensor:
-        """Clips and steps one network, then its averages; the gradient norm before clipping, on the device."""
+    def clip(self, network: str) -> Tensor:
+        """Clips the gradient of a network; its norm before that, on the device."""
+        return clip_grad_norm(self.optimizers[network].parameters, self.recipe.train.clip_norm or math.inf)
+
+    def update(self, network: str, step: int) -> None:
+        """Steps one network, then its averages."""
         train = self.recipe.train
         optimizer = self.optimizers[network]
-        parameters = self.named_parameters(network).values()
-        norm = clip_grad_norm(parameters) if train.clip_norm is None else clip_grad_norm(parameters, train.clip_norm)
         optimizer.set_lr(self.recipe.schedule.multiplier(step, train.num_steps))
         optimizer.step()
         self.updates[network] += 1
         if network == "model":
-            for average in self.averages:
+            for average in (*self.averages, *self.tracked):
                 average.update(self.updates["model"], train.batch_size)
             self._teach()
-        return norm
+
+    @contextmanager
+    def averaged(self) -> Iterator[str]:
+        """Inside, the model has the weights of its first average, if it has one; yields their name."""
+        if not self.averages:
+            yield "raw"
+            return
+        with self.averages[0].applied(self.model):
+            yield "ema:0"
 
     def _teach(self) -> None:
         for name, role in self.roles.items():

@@ -61,6 +61,11 @@ class OptimizerSet:
                 group["lr"] = lr * multiplier
 
     @property
+    def parameters(self) -> list[Tensor]:
+        """What is updated."""
+        return list(self._names)
+
+    @property
     def lr(self) -> tuple[float, ...]:
         """The learning rates in use, one a parameter group."""
         return tuple(group["lr"] for member in self._members for group in member.param_groups)

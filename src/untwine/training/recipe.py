@@ -15,6 +15,7 @@ from untwine.diffusion.sampling import Sampling
 from untwine.registry import did_you_mean
 from untwine.training.distributed import ParallelConfig
 from untwine.training.ema import ConstantEMA, EMAProfile
+from untwine.training.loggers import Logger
 from untwine.training.objectives.base import Objective
 from untwine.training.optim import AdamW, ConstantSchedule, OptimizerConfig, Schedule
 
@@ -47,12 +48,23 @@ class TrainConfig:
     save_every: int = 1000
     keep: int = 2
     """checkpoints kept, >= 2"""
+    sample_every: int | None = None
+    """draw samples/step-N.png from the first EMA, always of the same noise and classes; null = never"""
+    ema_snapshots_every: int | None = None
+    """save two averages for an EMA of any width after the run (training/posthoc.py); null = never"""
+    loggers: tuple[Logger, ...] = ()
+    """beside log.jsonl: tensorboard, wandb, trackio"""
+    deterministic: bool = False
+    """replace or refuse operations whose result depends on timing"""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "accumulation", "log_every", "validate_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("sample_every", "ema_snapshots_every"):
+            if (every := getattr(self, name)) is not None and every < 1:
+                raise ValueError(f"{name} must be >= 1, or null for never, got {every}")
         if self.keep < 2:
             raise ValueError(
                 f"keep must be >= 2 (the previous checkpoint outlives the writing of one), got {self.keep}"
@@ -125,6 +137,9 @@ FREE = (
     "train.validate_every",
     "train.save_every",
     "train.keep",
+    "train.sample_every",
+    "train.loggers",
+    "train.deterministic",
     "train.parallel",
 )
 

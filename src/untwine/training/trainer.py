@@ -1,40 +1,47 @@
 """The trainer: steps optimizers and averages, meters, validates, checkpoints, resumes. It knows no diffusion.
 
-A run lives in one folder: ``recipe.yaml`` (resolved), ``log.jsonl``, ``checkpoints/step-N``. The same command on the
-same folder continues it, and ends with the weights that an uninterrupted run would have, bit for bit on one CPU.
+A run lives in one folder: ``recipe.yaml`` (resolved), ``log.jsonl``, ``checkpoints/step-N``, ``samples/step-N.png``.
+The same command on the same folder continues it, and ends with the weights that an uninterrupted run would have, bit
+for bit on one CPU.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
 
 from untwine.config import Component
-from untwine.contracts import Batch
+from untwine.contracts import Batch, Loss
 from untwine.data.base import Dataset
 from untwine.data.loading import Loader
 from untwine.diffusion.draws import Draws
 from untwine.training import checkpoint
-from untwine.training.checkpoint import CheckpointNotSaved, Report
+from untwine.training.checkpoint import Report
+from untwine.training.control import Profiler, StopSignals, deterministic, leave
 from untwine.training.distributed import Distributed
 from untwine.training.locking import lock
-from untwine.training.metering import LossMeter, RunLog
+from untwine.training.metering import LossMeter
 from untwine.training.networks import Networks, seeded
-from untwine.training.recipe import Recipe, differences
+from untwine.training.nonfinite import TrainingDiverged, is_nonfinite, write_dump
+from untwine.training.posthoc import save_snapshot
+from untwine.training.preview import Preview
+from untwine.training.recipe import Recipe
+from untwine.training.saving import CHECKPOINTS, Keeper, prepare_folder
+from untwine.training.speed import Speed, flops
+from untwine.training.storage import LOCAL, Storage
 from untwine.training.validation import Validation
+from untwine.training.watching import Watch
 
 logger = logging.getLogger(__name__)
-CHECKPOINTS = "checkpoints"
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,9 @@ class Trainer:
             self.objective = self.recipe.objective.build()
         self.recipe = self._fit_to_data(self.recipe)
         self.networks = Networks(self.recipe, self.objective, self.recipe.model.build, self.processes)
+        self.storage: Storage = LOCAL
         self.step = 0
+        """optimizer steps made"""
         self.metrics: dict[str, Any] = {}
 
     def _fit_to_data(self, recipe: Recipe) -> Recipe:
@@ -105,168 +114,235 @@ class Trainer:
         return replace(recipe, model=recipe.model.replace(**facts))
 
     @property
-    def checkpoints(self) -> Path:
-        return self.out / CHECKPOINTS
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, *grid) of what the model sees."""
+        return self.codec.latent_shape(self.dataset.sample_shape)
 
-    def fit(self, *, until: int | None = None, on_step: Callable[[int], None] | None = None) -> TrainResult:
+    def fit(
+        self,
+        *,
+        until: int | None = None,
+        on_step: Callable[[int], None] | None = None,
+        profile: int | None = None,
+        console: Console | None = None,
+    ) -> TrainResult:
         """Trains to ``train.num_steps``, or pauses after step ``until``; saves at the end.
 
-        ``on_step`` hears the number of finished steps.
-        """
-        train = self.recipe.train
-        last = train.num_steps if until is None else min(until, train.num_steps)
-        self._prepare_folder()
-        with lock(self.out):
-            self.log = RunLog(self.out / "log.jsonl", enabled=self.processes.is_main)
-            self._resume_or_start()
-            validation = Validation(
-                self.held_out,
-                self.codec,
-                seed=self.recipe.seed,
-                batch_size=max(train.batch_size, 256),
-                processes=self.processes,
-            )
-            meter = LossMeter(self.processes)
-            saved = self.step if checkpoint.latest(self.checkpoints, verify=False) else -1
-            for micro_batches in self._loader() if self.step < last else ():
-                self._update(micro_batches, meter)
-                self.step += 1
-                ends = self.step == last
-                if self.step % train.log_every == 0 or ends:
-                    self._log(meter)
-                if validation and (self.step % train.validate_every == 0 or ends):
-                    self._validate(validation)
-                if self.step % train.save_every == 0 or ends:
-                    saved = self.step if self._save() else saved
-                if on_step is not None:
-                    on_step(self.step)
-                if ends:
-                    break
-        path = self.checkpoints / f"step-{saved}" if saved >= 0 else None
-        return TrainResult(self.out, self.step, path, dict(self.metrics))
+        SIGTERM and SIGINT end it after the step in progress, with a checkpoint and exit status 143 or 130.
 
-    def _loader(self) -> Loader:
-        train = self.recipe.train
+        Args:
+            on_step: hears the number of finished steps.
+            profile: steps to profile, into ``profile.json`` of the run folder.
+            console: where the live panel goes, if it is a terminal; default standard error.
+
+        Raises:
+            TrainingDiverged: before an update whose loss or gradient is not finite.
+            SavingFailed: where checkpoints could not be saved time after time.
+        """
+        num_steps = self.recipe.train.num_steps
+        last = num_steps if until is None else min(until, num_steps)
+        prepare_folder(self.out, self.processes.rank)
+        with (
+            lock(self.out),
+            deterministic(self.recipe.train.deterministic),
+            StopSignals(self.processes) as signals,
+            Watch(self.out, self.recipe, self.processes, console) as self.watch,
+        ):
+            self._resume_or_start()
+            if self.step < last:
+                self._prepare()
+                with Profiler(profile, self.out, self.processes) as profiler:
+                    for micro_batches in self._batches(signals):
+                        self._update(micro_batches)
+                        self.step += 1
+                        profiler.step()
+                        self._do_what_is_due(last)
+                        if on_step is not None:
+                            on_step(self.step)
+                        if self.step == last:
+                            break
+        return TrainResult(self.out, self.step, self.keeper.path, dict(self.metrics))
+
+    def _prepare(self) -> None:
+        """Everything that training needs besides the networks; errors of the recipe come to light here."""
+        train, seed, processes = self.recipe.train, self.recipe.seed, self.processes
+        self.validation = Validation(
+            self.held_out, self.codec, seed=seed, batch_size=max(train.batch_size, 256), processes=processes
+        )
+        self.preview = None
+        if train.sample_every is not None:
+            path = getattr(self.objective, "path", None)
+            self.preview = Preview(self.dataset, self.codec, path, self.recipe.sampling, seed=seed, processes=processes)
+        self.watch.open_loggers(self.step)
+        self.meter = LossMeter(processes)
+        dtype = getattr(torch, train.parallel.param_dtype)
+        self.speed = Speed(processes, train.batch_size, flops(self.networks.model, self.latent_shape), dtype)
+
+    def _batches(self, signals: StopSignals) -> Iterator[list[Batch]]:
+        """The micro-batches of each update, until a signal ends the program."""
+        loader = iter(self._loader(self.processes.rank, self.processes.world_size, self.recipe.train.accumulation))
+        while True:
+            micro_batches: list[Batch] = []
+            try:
+                micro_batches = next(loader)
+            except RuntimeError:  # a signal to the process group has ended the loader's workers as well
+                if not signals.received:
+                    raise
+            if number := signals.agreed():
+                self._save(last=False)
+                logger.warning("%s: the same command continues at step %d", signal.Signals(number).name, self.step)
+                leave(number)
+            yield micro_batches
+
+    def _loader(self, rank: int, world_size: int, accumulation: int) -> Loader:
         return Loader(
             self.training_set,
             self.codec,
             seed=self.recipe.seed,
-            batch_size=train.batch_size,
-            accumulation=train.accumulation,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
-            num_workers=train.num_workers,
+            batch_size=self.recipe.train.batch_size,
+            accumulation=accumulation,
+            rank=rank,
+            world_size=world_size,
+            num_workers=self.recipe.train.num_workers,
             start_update=self.step,
             device=self.processes.device,
         )
 
-    def _update(self, micro_batches: list[Batch], meter: LossMeter) -> None:
+    def _update(self, micro_batches: list[Batch]) -> None:
         """One optimizer step of every network that the objective updates in this step."""
         for network in self.objective.updates(self.step):
+            prefix = "" if network == "model" else f"{network}/"
             self.networks.zero_grad()
+            losses = []
             for m, batch in enumerate(micro_batches):
                 with self.networks.micro_batch(last=m == len(micro_batches) - 1):
-                    with self.networks.forward_precision():
-                        loss = self.objective(
-                            self.networks.modules, batch, update=network, step=self.step, draws=self.draws
-                        )
+                    loss = self._loss(batch, network)
                     (loss.total / len(micro_batches)).backward()
-                meter.add(loss, "" if network == "model" else f"{network}/")
-            norm = self.networks.update(network, self.step)
-            meter.add_value("grad_norm" if network == "model" else f"{network}/grad_norm", norm)
+                self.meter.add(loss, prefix)
+                losses.append(loss)
+            norm = self.networks.clip(network)
+            if self.processes.agree(bool(is_nonfinite(losses, norm))):
+                self._diverged(network, micro_batches, losses, norm)
+            self.networks.update(network, self.step)
+            self.meter.add_value(f"{prefix}grad_norm", norm)
 
-    def _log(self, meter: LossMeter) -> None:
-        values = meter.read()
-        lr = self.networks.optimizers["model"].lr[0]
-        line = self.log.write("train", step=self.step, images=self.step * self.recipe.train.batch_size, lr=lr, **values)
-        self.metrics |= line
-        loss = values.get("loss", 0.0)
-        logger.info("step %d  loss %.4f  lr %.2e  %.1f s", self.step, loss, lr, line["seconds"])
-        if not torch.isfinite(torch.tensor(loss)):
-            raise TrainingDiverged(
-                f"loss is {loss} at step {self.step}; lower the learning rate, clip gradients (train.clip_norm) or "
-                f"resume from {self.checkpoints} with param_dtype float32"
-            )
+    def _loss(self, batch: Batch, network: str) -> Loss:
+        with self.networks.forward_precision():
+            return self.objective(self.networks.modules, batch, update=network, step=self.step, draws=self.draws)
 
-    def _validate(self, validation: Validation) -> None:
-        if not self.networks.averages:
-            return self._measure(validation, "raw")
-        with self.networks.averages[0].applied(self.networks.model):
-            self._measure(validation, "ema:0")
-
-    def _measure(self, validation: Validation, weights: str) -> None:
-        values = validation.measure(
-            self.networks.modules, self.objective, step=self.step, precision=self.networks.forward_precision
+    def _do_what_is_due(self, last: int) -> None:
+        """Logs, validates, samples and saves at their intervals, and at the end."""
+        train, ends = self.recipe.train, self.step == last
+        self.watch.step(self.step)
+        self.speed.step()
+        if self.step % train.log_every == 0 or ends:
+            self._log()
+        tasks = (
+            (train.validate_every if len(self.validation) else None, self._validate),
+            (train.sample_every, self._sample),
+            (train.ema_snapshots_every, self._snapshot),
+            (train.save_every, lambda: self._save(last=ends)),
         )
-        self.log.write("validation", step=self.step, weights=weights, triples=len(validation), **values)
+        for every, task in tasks:
+            if every is not None and (self.step % every == 0 or ends):
+                with self.speed.paused():
+                    task()
+
+    def _log(self) -> None:
+        train = self.recipe.train
+        values = {"step": self.step, "images": self.step * train.batch_size, **self.meter.read()}
+        values |= {"lr": self.networks.optimizers["model"].lr[0], **self.speed.read(train.num_steps - self.step)}
+        self.metrics |= self.watch.train(**values)
+
+    def _validate(self) -> None:
+        with self.networks.averaged() as weights:
+            values = self.validation.measure(
+                self.networks.modules, self.objective, step=self.step, precision=self.networks.forward_precision
+            )
         self.metrics["validation_loss"] = values["loss"]
-        logger.info(
-            "step %d  validation loss %.4f (%s, %d triples)", self.step, values["loss"], weights, len(validation)
+        self.watch.validation(step=self.step, weights=weights, triples=len(self.validation), **values)
+
+    def _sample(self) -> None:
+        assert self.preview is not None
+        with self.networks.averaged():
+            images = self.preview.draw(self.networks.model, self.networks.forward_precision)
+        if self.processes.is_main:
+            path = self.out / "samples" / f"step-{self.step}.png"
+            try:
+                path.parent.mkdir(exist_ok=True)
+                self.preview.sheet(images).save(path)
+            except OSError as error:
+                logger.error("%s not written: %s", path, error)
+            else:
+                self.watch.picture(self.step, "samples", path)
+
+    def _snapshot(self) -> None:
+        try:
+            save_snapshot(self.out, self.step, self.networks.tracked)
+        except OSError as error:
+            logger.error("%s", error)
+
+    def _save(self, *, last: bool) -> None:
+        self.keeper.save(self.step, self.networks, last=last)
+
+    def _diverged(self, network: str, batches: list[Batch], losses: list[Loss], norm: torch.Tensor) -> None:
+        """Leaves a record of the update that must not be made, and the state before it; raises TrainingDiverged."""
+        self.networks.zero_grad()
+        untouched = network == self.objective.updates(self.step)[0]
+        if untouched:
+            self._save(last=False)
+        path = self.out / f"nonfinite-step-{self.step}.json"
+        about = {
+            "step": self.step,
+            "update": network,
+            "seed": self.recipe.seed,
+            "checkpoint": f"{CHECKPOINTS}/step-{self.step}" if untouched and self.keeper.saved == self.step else None,
+        }
+        record = write_dump(path, about, batches, losses, norm)
+        told = sorted({str(piece["loss"]) for piece in record["micro_batches"]}, key=len)[:5]
+        raise TrainingDiverged(
+            f"after step {self.step} the loss of {network} is {', '.join(told)} and the gradient norm "
+            f"{record['grad_norm']}; nothing was updated. The samples are in {path}. Lower the learning rate, clip "
+            "gradients (train.clip_norm) or compute in float32 (train.parallel.param_dtype)"
         )
 
-    # --- checkpoints -------------------------------------------------------------------------------------------------
+    def replay(self, dump: str | Path) -> list[Loss]:
+        """The losses of the micro-batches that a ``nonfinite-step-N.json`` of this run names, computed once more.
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "updates": self.networks.updates,
-            "data": self.dataset.fingerprint(),
-            "latent_shape": list(self.codec.latent_shape(self.dataset.sample_shape)),
-            "class_names": list(self.dataset.class_names),
-        }
+        Loads the checkpoint before that update; one process does for all ranks.
 
-    def _save(self) -> bool:
-        try:
-            checkpoint.save(
-                self.checkpoints,
-                self.step,
-                self.networks.tensors(),
-                self._state(),
-                config=self.recipe.to_dict(),
-                keep=self.recipe.train.keep,
-            )
-        except CheckpointNotSaved as error:
-            logger.error("%s; training goes on and saves again after %d steps", error, self.recipe.train.save_every)
-            return False
-        return True
-
-    def _prepare_folder(self) -> None:
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            probe = self.out / f".writable-{self.processes.rank}"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise ValueError(f"out: cannot write to {self.out}: {error.strerror}; choose a writable folder") from error
+        Raises:
+            ValueError: where the dump is of another run, or came without a checkpoint.
+        """
+        record = json.loads(Path(dump).read_text(encoding="utf-8"))
+        if record["checkpoint"] is None or record["seed"] != self.recipe.seed or self.processes.world_size > 1:
+            raise ValueError(f"dump: {dump} needs its checkpoint, a recipe of seed {record['seed']} and one process")
+        checkpoint.load(self.out / record["checkpoint"], self.networks.tensors())
+        self.step = record["step"]
+        with torch.no_grad():
+            batches = next(iter(self._loader(0, 1, len(record["micro_batches"]))))
+            return [self._loss(batch, record["update"]) for batch in batches]
 
     def _resume_or_start(self) -> None:
-        checkpoint.recover(self.checkpoints)
-        path = checkpoint.latest(self.checkpoints)
-        if path is None:
-            if self.init is not None:
-                self._initialise()
-            if self.processes.is_main:
-                resolved = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False)
-                (self.out / "recipe.yaml").write_text(resolved, encoding="utf-8")
+        about = {
+            "data": self.dataset.fingerprint(),
+            "latent_shape": list(self.latent_shape),
+            "class_names": list(self.dataset.class_names),
+        }
+        self.keeper = Keeper(self.out, self.recipe, about, self.storage)
+        step = self.keeper.restore(self.networks)
+        if step is not None:
+            self.step = step
+            self.watch.event("resume", step=self.step)
+            logger.info("resumed %s at step %d", self.out, self.step)
             return
-        changed = differences(checkpoint.read_config(path), self.recipe.to_dict())
-        if changed:
-            raise ValueError(
-                f"{self.out} holds another run, which differs in\n  "
-                + "\n  ".join(changed)
-                + "\nuse another out folder"
-            )
-        state = checkpoint.read_state(path)
-        if state["data"] != self._state()["data"]:
-            raise ValueError(f"the data of {self.out} has changed: {state['data']} -> {self._state()['data']}")
-        checkpoint.load(path, self.networks.tensors(), verify=False)  # latest() has verified it
-        self.networks.restored(state["updates"])
-        self.step = state["step"]
-        self.log.write("resume", step=self.step)
-        logger.info("resumed %s at step %d", self.out, self.step)
+        if self.init is not None:
+            self._initialise(Path(self.init))
+        if self.processes.is_main:
+            resolved = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False)
+            (self.out / "recipe.yaml").write_text(resolved, encoding="utf-8")
 
-    def _initialise(self) -> None:
-        source = Path(str(self.init))
+    def _initialise(self, source: Path) -> None:
         inner = source / CHECKPOINTS
         self.report = self.networks.initialise(str(inner if inner.is_dir() else source), self.init_weights)
         logger.info(
@@ -277,6 +353,5 @@ class Trainer:
             ", ".join(self.report.reinitialised) or "none",
             len(self.report.unused),
         )
-        self.log.write(
-            "init", source=str(source), kept=len(self.report.kept), reinitialised=list(self.report.reinitialised)
-        )
+        reinitialised = list(self.report.reinitialised)
+        self.watch.event("init", source=str(source), kept=len(self.report.kept), reinitialised=reinitialised)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from untwine.codecs.base import Codec
 from untwine.contracts import Batch, Condition
@@ -31,30 +31,31 @@ class Validation:
         self.dataset, self.codec, self.processes = dataset, codec, processes
         self.draws = Draws(seed ^ 0x76616C)  # apart from the streams of training
         self.batch_size = max(1, batch_size // processes.world_size)
-        self.readable: list[int] = []
-        for position in range(len(dataset)):
-            try:
-                dataset.read(position)
-            except CorruptImage:
-                continue
-            self.readable.append(position)
 
     def __len__(self) -> int:
-        """Number of triples."""
-        rounds = -(-MIN_TRIPLES // len(self.readable)) if self.readable else 0
-        return rounds * len(self.readable)
+        """Number of triples; those of a corrupt sample count, but are left out."""
+        size = len(self.dataset)
+        return -(-MIN_TRIPLES // size) * size if size else 0
 
-    def _batches(self) -> Iterator[Batch]:
-        mine = list(range(self.processes.rank, len(self), self.processes.world_size))
+    def _batches(self) -> Iterator[tuple[Batch, int]]:
+        """This process's triples, and how many there are in each batch; every process has as many batches."""
+        rank, world_size = self.processes.rank, self.processes.world_size
+        mine = range(rank, len(self), world_size)
+        for start in range(0, -(-len(self) // world_size), self.batch_size):
+            found: dict[int, Tensor] = {}
+            for k in mine[start : start + self.batch_size]:
+                with suppress(CorruptImage):
+                    found[k] = self.dataset.read(k % len(self.dataset))
+            # Sharded weights are gathered by all processes together: one that has nothing to measure runs as well.
+            index = torch.tensor(list(found) or [0])
+            x = torch.stack(list(found.values()) or [torch.zeros(self.dataset.sample_shape)])
+            yield self._batch(x.to(self.processes.device), index), len(found)
+
+    def _batch(self, x: Tensor, index: Tensor) -> Batch:
         labels = self.dataset.labels
-        device = self.processes.device
-        for start in range(0, len(mine), self.batch_size):
-            index = torch.tensor(mine[start : start + self.batch_size])
-            positions = [self.readable[k % len(self.readable)] for k in index.tolist()]
-            x = torch.stack([self.dataset.read(p) for p in positions]).to(device)
-            latents = self.codec.encode(x, draws=self.draws, index=index).latents
-            condition = Condition() if labels is None else Condition(labels=torch.from_numpy(labels[positions]))
-            yield Batch(latents, condition.to(device), index)
+        latents = self.codec.encode(x, draws=self.draws, index=index).latents
+        condition = Condition() if labels is None else Condition(labels=torch.from_numpy(labels[index % len(labels)]))
+        return Batch(latents, condition.to(x.device), index)
 
     @torch.no_grad()
     def measure(
@@ -71,10 +72,10 @@ class Validation:
         for module in training:
             module.eval()
         try:
-            for batch in self._batches():
+            for batch, count in self._batches():
                 with precision():
                     loss = objective(networks, batch, update="model", step=step, draws=self.draws)
-                meter.add(loss)
+                meter.add(loss, weight=count)
             return meter.read()
         finally:
             for module, was in training.items():

@@ -1,0 +1,89 @@
+"""Pictures of a model in training: the same noise and classes each time, so that only the weights differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from untwine.codecs.base import Codec
+from untwine.contracts import Condition
+from untwine.data.base import Dataset
+from untwine.diffusion.draws import Draws
+from untwine.diffusion.paths import Path
+from untwine.diffusion.sampling import Sampling, sample
+from untwine.training.distributed import Distributed, reshard
+
+ROWS = 4
+
+
+class Preview:
+    """A sheet of samples: a column for each of up to ten classes, which come in turn.
+
+    Raises:
+        ValueError: where the samples are not pictures, or the objective has no ``path`` to sample along.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        codec: Codec,
+        path: Path | None,
+        sampling: Sampling,
+        *,
+        seed: int,
+        processes: Distributed,
+    ) -> None:
+        if path is None or dataset.sample_shape[0] not in (1, 3) or not codec.reconstructs:
+            raise ValueError(
+                "train.sample_every needs an objective with a diffusion path and a codec that decodes to 1 or 3 "
+                f"channels, got {'no path' if path is None else f'samples of {dataset.sample_shape[0]} channels'}; "
+                "leave it out"
+            )
+        self.dataset, self.codec, self.path, self.sampling, self.processes = dataset, codec, path, sampling, processes
+        self.draws = Draws(seed)
+        self.columns = dataset.num_classes if 2 <= dataset.num_classes <= 10 else 8
+
+    @torch.no_grad()
+    def draw(self, model: Any, precision: Callable[[], AbstractContextManager[Any]]) -> np.ndarray:
+        """The samples (N, H, W, C) uint8; collective, each process draws the same number of them."""
+        count = ROWS * self.columns
+        share = -(-count // self.processes.world_size)
+        index = torch.arange(share) * self.processes.world_size + self.processes.rank
+        condition = Condition(labels=index % self.dataset.num_classes) if model.accepts else Condition()
+        shape = self.codec.latent_shape(self.dataset.sample_shape)
+        training = model.training
+        model.eval()
+        try:
+            with precision():
+                latents, _ = sample(
+                    model,
+                    condition,
+                    shape,
+                    index,
+                    draws=self.draws,
+                    sampling=self.sampling,
+                    path=self.path,
+                    device=self.processes.device,
+                )
+        finally:
+            model.train(training)
+            reshard(model)
+        low, high = self.codec.value_range
+        unit = ((self.codec.decode(latents).float() - low) / (high - low)).clamp(0, 1)
+        pixels = self.processes.gather((unit * 255).round().to(torch.uint8))  # (ranks, share, C, H, W)
+        return pixels.transpose(0, 1).flatten(0, 1)[:count].permute(0, 2, 3, 1).cpu().numpy()
+
+    def sheet(self, images: np.ndarray) -> Image.Image:
+        """The samples in rows, small ones enlarged, with a light line between them."""
+        scale = max(1, 32 // images.shape[1])
+        large = images.repeat(scale, axis=1).repeat(scale, axis=2)
+        framed = np.pad(large, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=230)
+        height, width, channels = framed.shape[1:]
+        rows = framed.reshape(ROWS, self.columns, height, width, channels).swapaxes(1, 2)
+        sheet = rows.reshape(ROWS * height, self.columns * width, channels)
+        return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
