@@ -19,6 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from common import save
 from digit_checks import judge
 
 import untwine
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     parser.add_argument("--steps", type=int, help="optimizer steps instead of the recipe's")
     parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--record", action="store_true", help="keep the figures in benchmarks/results/demo.json")
     options = parser.parse_args()
     log_to_console()
     started = time.perf_counter()
@@ -70,6 +72,9 @@ def main() -> None:
     plot_loss(out / "run", out / "loss.png")
     samples.report["total_seconds"] = round(time.perf_counter() - started, 1)
     (out / "report.json").write_text(json.dumps(samples.report, indent=2) + "\n")
+    if options.record:
+        figures = {key: samples.report[key] for key in ("checks", "training_seconds", "seconds", "total_seconds")}
+        save("demo", {"steps": recipe.train.num_steps, "count": options.count, **figures})
     show(
         "untwine demo",
         {

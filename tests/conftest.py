@@ -29,3 +29,10 @@ def _refuse_network(event: str, args: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_refuse_network)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says aloud how many reference cases were not there."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "PARITY NOT RUN" in str(report.longrepr)]
+    if skipped:
+        terminalreporter.write_line(f"PARITY NOT RUN ({len(skipped)})", red=True)

@@ -44,7 +44,12 @@ VIDEO = {
 VQ = {"block_out_channels": [8], "norm_num_groups": 4, "num_vq_embeddings": 16, "latent_channels": 3}
 
 CLASSES: dict[str, tuple[dict[str, Any], tuple[list[float], list[float]]]] = {
-    "AutoencoderKL": ({**KL, "shift_factor": 0.25, "scaling_factor": 0.5}, ([0.25], [2.0])),
+    "AutoencoderKL": (KL, ([0.0], [1 / 0.18215])),
+    "AutoencoderKL shifted": ({**KL, "shift_factor": 0.25, "scaling_factor": 0.5}, ([0.25], [2.0])),
+    "AutoencoderKL per channel": (
+        {**KL, "scaling_factor": 0.5, "latents_mean": [0.1, 0.2, -0.1, 0.0], "latents_std": [1.5, 2.0, 0.5, 1.0]},
+        ([0.1, 0.2, -0.1, 0.0], [3.0, 4.0, 1.0, 2.0]),
+    ),
     "AsymmetricAutoencoderKL": (
         {
             "down_block_types": ["DownEncoderBlock2D"],
@@ -60,13 +65,13 @@ CLASSES: dict[str, tuple[dict[str, Any], tuple[list[float], list[float]]]] = {
     "AutoencoderKLWan": (VIDEO, (VIDEO["latents_mean"], VIDEO["latents_std"])),  # type: ignore[arg-type]
     "VQModel": (VQ, ([0.0], [1 / 0.18215])),
 }
-"""class name -> (options, (mean, std) of its normalisation)"""
+"""class name, and which variant -> (options, (mean, std) of its normalisation)"""
 
 
 def save_vae(folder: Path, name: str = "AutoencoderKL", *, seed: int = 0, **changes: Any) -> Path:
     """A model folder; the default is a small AutoencoderKL of factor 2 with the statistics of Stable Diffusion's."""
-    options = KL if name == "AutoencoderKL" and not changes else CLASSES[name][0]
+    options = CLASSES[name][0]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        getattr(diffusers, name)(**{**options, **changes}).save_pretrained(folder)
+        getattr(diffusers, name.split()[0])(**{**options, **changes}).save_pretrained(folder)
     return folder

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,9 @@ def test_make_targets_exist():
 def test_pictures_exist():
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT):
         assert (ROOT / path).is_file(), path
+
+
+def test_figures_are_those_of_the_results():
+    """The tables are what benchmarks/readme.py makes of benchmarks/results."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0, "run python benchmarks/readme.py"

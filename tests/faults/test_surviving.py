@@ -22,7 +22,7 @@ from untwine.training.distributed import Distributed
 from untwine.training.ema import PowerEMA
 from untwine.training.metering import RunLog, read_log
 from untwine.training.nonfinite import TrainingDiverged
-from untwine.training.posthoc import fit, overlap, reconstruct
+from untwine.training.posthoc import fit, reconstruct
 from untwine.training.saving import SavingFailed
 from untwine.training.storage import Storage
 from untwine.training.trainer import Trainer
@@ -81,7 +81,9 @@ def test_the_dump_makes_it_happen_again(tmp_path):
         Trainer(poisoned("loss"), tmp_path).fit()
 
 
-@pytest.mark.parametrize("number, error, status", [(signal.SIGTERM, SystemExit, 143), (signal.SIGINT, KeyboardInterrupt, None)])
+@pytest.mark.parametrize(
+    "number, error, status", [(signal.SIGTERM, SystemExit, 143), (signal.SIGINT, KeyboardInterrupt, None)]
+)
 def test_a_signal_saves_the_step_in_progress(tmp_path, number, error, status):
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     trainer = Trainer(tiny(), tmp_path / "run")
@@ -211,14 +213,19 @@ def test_a_full_disk_costs_lines_of_the_log_only(tmp_path, caplog):
     assert [line["step"] for line in read_log(folder / "log.jsonl")] == [2, 3]
 
 
-def test_the_overlap_of_profiles_is_an_integral():
-    def profile(end: float, gamma: float) -> torch.Tensor:
-        tau = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000 * 10
-        return torch.where(tau <= end, (gamma + 1) * tau**gamma / end ** (gamma + 1), 0)
+def test_a_fit_of_a_long_run_is_that_of_its_steps():
+    """Bins of several steps give nearly the weights of the steps."""
+    profiles = [(at, PowerEMA(sigma_rel=s).gamma) for at in range(2_000, 20_001, 2_000) for s in (0.05, 0.10)]
+    target = (20_000, PowerEMA(sigma_rel=0.14).gamma)
+    tau = torch.arange(1, 20_001, dtype=torch.float64)
 
-    for one, other in (((10, 6.9), (10, 6.9)), ((7, 16.9), (10, 3.2)), ((9, 2.0), (4, 16.9))):
-        expected = float((profile(*one) * profile(*other)).sum() * 10 / 200_000)
-        assert overlap(*one, *other) == pytest.approx(expected, rel=1e-3)
+    def steps(end: int, gamma: float) -> torch.Tensor:
+        return torch.where(tau <= end, (tau / end) ** (gamma + 1) - ((tau - 1) / end) ** (gamma + 1), 0)
+
+    weights, miss = fit(profiles, target)
+    made = sum(w * steps(*profile) for w, profile in zip(weights, profiles))
+    assert float((made - steps(*target)).norm() / steps(*target).norm()) == pytest.approx(miss, rel=0.02)
+    assert sum(weights) == pytest.approx(1, abs=1e-4)
 
 
 def test_more_snapshots_fit_better():
@@ -265,7 +272,7 @@ def test_snapshots_change_nothing_and_refuse_what_they_cannot(tmp_path):
     with pytest.raises(ValueError, match="no EMA snapshots"):
         reconstruct(tmp_path / "None", 0.1)
     with pytest.raises(ValueError, match="only to within"):
-        reconstruct(tmp_path / "4", 0.01)
+        reconstruct(tmp_path / "4", 0.25)
     file = tmp_path / "4" / "ema-snapshots" / "step-0000004.safetensors"
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(ValueError, match="is damaged"):

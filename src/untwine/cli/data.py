@@ -125,13 +125,14 @@ def _encode(args: list[str]) -> int:
 
 def _announce(encoder: Any, options: EncodeOptions) -> None:
     told = encoder.estimate()
-    shape, facts = encoder.manifest["latent_shape"], encoder.manifest
+    facts = encoder.manifest
+    kind = "mean and deviation" if facts["stochastic"] else "deterministic"
     show(
         f"untwine data encode {options.recipe}{' (dry run: nothing is written)' if options.dry_run else ''}",
         {
             "folder": options.out,
             "samples": f"{told.samples} of {tuple(facts['sample_shape'])}{', both sides' if facts['flips'] else ''}",
-            "latents": f"{tuple(shape)}, {'mean and deviation' if facts['stochastic'] else 'deterministic'}, {options.dtype}",
+            "latents": f"{tuple(facts['latent_shape'])}, {kind}, {options.dtype}",
             "size": f"{told.num_bytes / 2**20:,.1f} MiB",
             "time": f"about {told.seconds:,.0f} s on {encoder.device}, measured on one batch",
         },

@@ -133,7 +133,8 @@ class Encoder:
     def _continue(self) -> None:
         """Takes over the shards of an earlier run with the same settings; None stands for one to be made anew."""
         if not (self.out / MANIFEST).is_file():
-            if self.out.exists() and any(entry.name != ".lock" for entry in self.out.iterdir()):
+            ours = (".", "run.lock", "latents-")
+            if self.out.is_dir() and not all(entry.name.startswith(ours) for entry in self.out.iterdir()):
                 raise ValueError(f"out: {self.out} holds other files; choose an empty or a new folder")
             return
         old = read_manifest(self.out)
@@ -159,12 +160,8 @@ class Encoder:
     def _space(self) -> tuple[int, int]:
         """(free bytes, bytes that the missing shards take), by the shape of the latents."""
         self.out.mkdir(parents=True, exist_ok=True)
-        row = (
-            (1 + self.manifest.get("stochastic", True))
-            * (1 + self.flips)
-            * math.prod(self.manifest["latent_shape"])
-            * self.dtype.itemsize
-        )
+        variants = (1 + self.manifest.get("stochastic", True)) * (1 + self.flips)
+        row = variants * math.prod(self.manifest["latent_shape"]) * self.dtype.itemsize
         done = sum(shard["count"] for shard in self.manifest["shards"] if shard)
         return shutil.disk_usage(self.out).free, row * (len(self.dataset) - done)
 

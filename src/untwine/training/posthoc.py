@@ -4,7 +4,8 @@ While training, two power-function averages are tracked and saved now and then. 
 past by a known profile ``p(tau) = (g + 1) tau^g / t^(g + 1)`` on [0, t]; the sum of snapshots whose profile comes
 closest to a wanted one, in the mean square, is the wanted average, to the accuracy of that fit.
 
-Differs from the reference: the two widths are in every file, and a fit that misses the wanted profile is refused.
+Differs from the reference: the fit is made over the steps themselves, so that it also holds for short runs; its weights
+sum to one; it is refused where it misses the wanted profile.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ FOLDER = "ema-snapshots"
 SIGMAS = (0.05, 0.10)
 TOLERANCE = 0.05
 """relative root mean square by which a fitted profile may miss the wanted one"""
+MAX_BINS = 8192
+"""pieces of a long run over which profiles are compared; a shorter one is compared step by step"""
 _FILE = re.compile(r"step-(\d+)\.safetensors")
 
 
@@ -92,19 +95,18 @@ def fit(profiles: Sequence[tuple[int, float]], target: tuple[int, float]) -> tup
 
     The distance is the root mean square of the difference, relative to the target's.
     """
-    ends, gammas = (np.array(column, np.float64) for column in zip(*profiles))
-    gram = overlap(ends[:, None], gammas[:, None], ends, gammas)
-    wanted = overlap(ends, gammas, *target)
-    weights = np.linalg.lstsq(gram, wanted, rcond=1e-12)[0]
-    square = 1 - (2 * wanted - gram @ weights) @ weights / overlap(*target, *target)
-    return weights, float(np.sqrt(max(0.0, square)))
+    edges = np.linspace(0, target[0], min(target[0], MAX_BINS) + 1)
+    columns = np.stack([_shares(edges, *profile) for profile in profiles], axis=1)
+    wanted = _shares(edges, *target)
+    # A last row, heavier than all others: the weights sum to one, else the average would shrink.
+    total = np.full((1, len(profiles)), 1e3 * np.linalg.norm(wanted))
+    weights = np.linalg.lstsq(np.vstack([columns, total]), np.append(wanted, total[0, 0]), rcond=None)[0]
+    return weights, float(np.linalg.norm(columns @ weights - wanted) / np.linalg.norm(wanted))
 
 
-def overlap(end: np.ndarray | float, gamma: np.ndarray | float, other_end, other_gamma):
-    """The integral of the product of two power profiles, over their common support."""
-    common = np.minimum(end, other_end)
-    scale = (gamma + 1) * (other_gamma + 1) / ((gamma + other_gamma + 1) * common)
-    return scale * (common / end) ** (gamma + 1) * (common / other_end) ** (other_gamma + 1)
+def _shares(edges: np.ndarray, end: int, gamma: float) -> np.ndarray:
+    """What a power profile weighs between neighbouring ``edges``; with an edge a step, what each step weighs."""
+    return np.diff(np.minimum(edges / end, 1) ** (gamma + 1))
 
 
 def _sigmas(file: Path) -> list[float]:

@@ -86,8 +86,8 @@ class Trainer:
         self.draws = Draws(self.recipe.seed)
         self.report: Report | None = None
         """after ``init``: which parameters were kept, and which were re-initialised"""
-        self.codec = self.recipe.codec.build()
         self.dataset: Dataset = self.recipe.data.build()
+        self.codec = self.dataset.bind(self.recipe.codec.build())
         self.training_set, self.held_out = self.dataset.split(self.recipe.train.validation, self.recipe.seed)
         with seeded(self.recipe.seed):
             self.objective = self.recipe.objective.build()

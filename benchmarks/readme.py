@@ -1,0 +1,128 @@
+"""Writes the figures of the README from ``benchmarks/results/*.json``, between its two marks.
+
+python benchmarks/readme.py            rewrites the README
+python benchmarks/readme.py --check    exits with 1 where it has drifted
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- figures: python benchmarks/readme.py -->", "<!-- end of figures -->"
+
+
+def _result(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _source(result: dict[str, Any], script: str) -> str:
+    machine = result["hardware"]
+    return f"`{script}`, commit `{result['commit']}`, {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+
+
+def demo() -> list[str]:
+    result = _result("demo")
+    checks = result["checks"]
+    return [
+        "| `make demo` | measured | asked |",
+        "|---|---|---|",
+        f"| running time, {result['steps']} training steps and 500 samples | {result['total_seconds']:.0f} s | 360 s |",
+        f"| training | {result['training_seconds']:.0f} s | about 120 s |",
+        f"| recognised by a classifier of real digits (itself {checks['classifier_accuracy']:.1%} right) | "
+        f"{checks['recognised']:.1%} | 95 % |",
+        f"| within-class distance over that of real digits | {checks['diversity']:.2f} | 0.8 |",
+        f"| distance to the nearest training image over that of held-out ones | {checks['novelty']:.2f} | 0.8 |",
+        "",
+        _source(result, "python benchmarks/demo.py --record"),
+    ]
+
+
+def sampling() -> list[str]:
+    result = _result("sampling_paths")
+    settings = result["settings"]
+    rows = {
+        "branches of weight 0 not run": "skipping",
+        f"the same, encoder shared over {settings['refresh_every']} steps": "skipping_when_shared",
+        "decoder modulations cached, encoder shared": "modulations",
+        "both, encoder shared": "both_when_shared",
+    }
+    width, steps = settings["width"], settings["steps"]
+    return [
+        f"| sampling, DDT width {width}, 256 tokens, {steps} steps, guidance on (0, 0.7) | speed-up | largest difference |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {result[key]['speed_up']:.2f}x | {result[key]['max_difference_relative']:.0e} |"
+            for name, key in rows.items()
+        ),
+        "",
+        f"Against evaluating both branches at every step, interleaved. {_source(result, 'python benchmarks/sampling_paths.py')}",
+    ]
+
+
+def reliability() -> list[str]:
+    killed, imports = _result("kill_resume"), _result("imports")
+    seconds = imports["seconds"]
+    return [
+        "| reliability and start-up | measured |",
+        "|---|---|",
+        f"| SIGKILL at random moments, AdamW and Muon, float32 and bf16 | {killed['kills']} kills, "
+        f"{killed['runs_bitwise_equal']} runs end bitwise equal to the uninterrupted one |",
+        f"| `import untwine` beyond Python itself | "
+        f"{seconds['import untwine']['median'] - seconds['python -c pass']['median']:.3f} s |",
+        f"| `untwine --help` beyond Python itself | "
+        f"{seconds['untwine --help']['median'] - seconds['python -c pass']['median']:.3f} s |",
+        "",
+        _source(killed, "python benchmarks/kill_resume.py") + "; `python benchmarks/imports.py`",
+    ]
+
+
+def comparison() -> list[str]:
+    result = _result("ddt_vs_dit")
+    means, runs = result["means"], result["runs"]
+    return [
+        f"| 6 blocks of width 48 on digits, {result['settings']['steps']} steps, {result['settings']['seeds']} seeds | "
+        "parameters | held-out loss | training loss |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {runs[key][0]['parameters']:,} | {means[key]['validation_loss']:.4f} | "
+            f"{means[key]['training_loss']:.4f} |"
+            for name, key in (("DDT (4 encoder, 2 decoder)", "ddt"), ("improved DiT", "improved_dit"))
+        ),
+        "",
+        "At this size the two are equal within the spread of seeds. "
+        + _source(result, "python benchmarks/ddt_vs_dit.py"),
+    ]
+
+
+def figures() -> str:
+    return "\n\n".join("\n".join(part()) for part in (demo, sampling, reliability, comparison))
+
+
+def render(text: str) -> str:
+    """The README with fresh figures."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise SystemExit(f"README.md lacks the marks {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n\n{figures()}\n\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    fresh = render(text)
+    if options.check:
+        sys.exit(fresh != text)
+    README.write_text(fresh, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
