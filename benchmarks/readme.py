@@ -22,8 +22,8 @@ def _result(name: str) -> dict[str, Any]:
 
 
 def _source(result: dict[str, Any], script: str) -> str:
-    machine = result["hardware"]
-    return f"`{script}`, commit `{result['commit']}`, {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+    m = result["hardware"]
+    return f"`{script}`, commit `{result['commit']}`, {m['cpu']}, {m['threads']} threads, torch {m['torch']}"
 
 
 def demo() -> list[str]:
@@ -54,14 +54,15 @@ def sampling() -> list[str]:
     }
     width, steps = settings["width"], settings["steps"]
     return [
-        f"| sampling, DDT width {width}, 256 tokens, {steps} steps, guidance on (0, 0.7) | speed-up | largest difference |",
+        f"| sampling, DDT width {width}, 256 tokens, {steps} steps, guidance on (0, 0.7) | speed-up | difference |",
         "|---|---|---|",
         *(
             f"| {name} | {result[key]['speed_up']:.2f}x | {result[key]['max_difference_relative']:.0e} |"
             for name, key in rows.items()
         ),
         "",
-        f"Against evaluating both branches at every step, interleaved. {_source(result, 'python benchmarks/sampling_paths.py')}",
+        "Against evaluating both branches at every step, interleaved; largest difference over largest value. "
+        + _source(result, "python benchmarks/sampling_paths.py"),
     ]
 
 

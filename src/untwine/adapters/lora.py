@@ -65,7 +65,8 @@ def load_lora(model: nn.Module, folder: str | Path, *, name: str = "default") ->
     attached = _attach(model, config, name)
     own = attached.tensors()
     saved = {key.removeprefix(_PREFIX): value for key, value in saved.items()}
-    if wrong := {key for key in {*own, *saved} if key not in own or key not in saved or own[key].shape != saved[key].shape}:
+    shapes = [{key: value.shape for key, value in tensors.items()} for tensors in (own, saved)]
+    if wrong := {key for key in {*own, *saved} if shapes[0].get(key) != shapes[1].get(key)}:
         attached.detach()
         raise ValueError(f"the adapter in {folder} does not fit this model: {sorted(wrong)[:5]}")
     with torch.no_grad():

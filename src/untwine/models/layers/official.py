@@ -38,10 +38,14 @@ def translate_config(config: Mapping[str, Any], accepted: Collection[str]) -> di
     Raises:
         ValueError: for an argument that the official constructor does not have.
     """
-    if unknown := [k for k in config if k not in accepted and k not in IGNORED_ARGUMENTS]:
-        raise ValueError(f"config has no official argument {unknown[0]!r}{did_you_mean(unknown[0], list(accepted))}")
+    _check_arguments(config, accepted)
     ours = {ARGUMENTS[k][0]: config.get(k, ARGUMENTS[k][1]) for k in accepted}
     return {**ours, "time_origin": 1.0}
+
+
+def _check_arguments(config: Mapping[str, Any], accepted: Collection[str]) -> None:
+    if unknown := [k for k in config if k not in accepted and k not in IGNORED_ARGUMENTS]:
+        raise ValueError(f"config has no official argument {unknown[0]!r}{did_you_mean(unknown[0], list(accepted))}")
 
 
 def translate_name(name: str, prefixes: Mapping[str, str]) -> str:
@@ -121,6 +125,7 @@ def infer_config(
     Raises:
         ValueError: naming the argument to give, where neither settles it; or if the weights are of another family.
     """
+    _check_arguments(given, ARGUMENTS)
     try:
         width, patch = state_dict["x_embedder.proj.weight"].shape
         head_dim = len(state_dict["blocks.0.attn.q_norm.weight"])
