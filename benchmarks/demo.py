@@ -80,7 +80,7 @@ def main() -> None:
         {
             "trained": f"{trained:.0f} s, {recipe.train.num_steps} steps",
             "drawn": f"{options.count} digits in {samples.report['seconds']:.1f} s",
-            "recognised": f"{checks['recognised']:.1%}, by a classifier of real digits ({checks['classifier_accuracy']:.1%})",
+            "recognised": f"{checks['recognised']:.1%}, by an SVM on real digits ({checks['classifier_accuracy']:.1%})",
             "diversity": f"{checks['diversity']:.2f} of real digits",
             "novelty": f"{checks['novelty']:.2f} of held-out digits",
             "look at": f"{out / 'grid.png'}, {out / 'loss.png'}",

@@ -157,13 +157,22 @@ def test_training_from_the_cache_equals_training_on_the_pictures(pictures, vae, 
         trainer.fit()
         runs[name] = trainer
     a, b = (dict(runs[name].networks.model.named_parameters()) for name in runs)
-    moved = sum(float((a[n] - p).square().sum()) for n, p in b.items()) ** 0.5
-    assert moved <= 1e-4 * sum(float(p.square().sum()) for p in a.values()) ** 0.5
+    moved = sum(float((a[n] - p).detach().square().sum()) for n, p in b.items()) ** 0.5
+    assert moved <= 1e-4 * sum(float(p.detach().square().sum()) for p in a.values()) ** 0.5
     logs = [read_log(tmp_path / name / "log.jsonl", "train") for name in runs]
     assert [line["loss"] for line in logs[0]] == pytest.approx([line["loss"] for line in logs[1]], rel=1e-4)
     assert runs["cache"].metrics["validation_loss"] == pytest.approx(runs["pictures"].metrics["validation_loss"], 1e-4)
     assert runs["cache"].latent_shape == runs["pictures"].latent_shape == (4, 4, 4)
     assert runs["cache"].codec.codec._module is None  # the autoencoder is not even loaded
+
+
+def test_pictures_are_drawn_while_training_from_a_cache(pictures, codec, vae, tmp_path):
+    encode(pictures, codec, tmp_path / "cache")
+    changes = {"data": {"kind": "latents", "root": str(tmp_path / "cache")}}
+    changes |= {"codec": {"kind": "vae", "path": vae, "mean": [0.0], "std": [1.0]}, "train.sample_every": 2}
+    changes |= {"train.batch_size": 4, "train.num_steps": 2, "train.validation": 4}
+    Trainer(tiny(**changes), tmp_path / "run", device="cpu").fit()
+    assert [file.name for file in (tmp_path / "run").rglob("*.png")] != []
 
 
 def test_another_codec_is_refused_by_the_field_that_differs(pictures, codec, vae, tmp_path):
@@ -267,7 +276,7 @@ def test_damage_is_named_and_repaired(pictures, codec, tmp_path):
 
 
 def test_no_cache_and_a_damaged_manifest(tmp_path):
-    with pytest.raises(LatentsError, match="holds no cache of latents.*untwine data encode RECIPE --out"):
+    with pytest.raises(LatentsError, match=r"holds no cache of latents.*untwine data encode RECIPE --out"):
         Latents(tmp_path)
     for text in ("{", "[]", "{}", '{"format": "other", "shards": []}'):
         (tmp_path / MANIFEST).write_text(text)

@@ -83,6 +83,9 @@ def test_moments_draw_what_the_codec_draws(codec):
     shape = tuple(stored.shape[1:])
     assert moments.latent_shape(shape) == codec.latent_shape(SAMPLE)
     assert moments.sample_shape(moments.latent_shape(shape)) == shape
+    assert (
+        moments.decoded_shape(moments.latent_shape(shape)) == codec.decoded_shape(codec.latent_shape(SAMPLE)) == SAMPLE
+    )
 
 
 def test_identity_is_exact_and_affine():
@@ -261,6 +264,7 @@ def test_weights_and_configs_that_do_not_fit(tmp_path):
             VAECodec(str(folder)).encode(samples())
 
     refused("the parameters in .* are not those|cannot be loaded", layers_per_block=2)
+    refused("is no config of a AutoencoderKL", down_block_types=["NoSuchBlock"])
     refused("holds a UNet2DModel, which is no autoencoder", _class_name="UNet2DModel")
     refused(r"config\.json' is damaged|config\.json is damaged", _class_name=None)
     (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLFlux2", **KL}))

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.distributed.tensor import DTensor
 
 from tests.distributed.spawn import run_ranks
+from tests.faults.poison import register
 from tests.tiny import tiny
+from untwine.training import checkpoint
 from untwine.training.distributed import Distributed
 from untwine.training.metering import read_log
+from untwine.training.nonfinite import TrainingDiverged
+from untwine.training.posthoc import reconstruct
 from untwine.training.trainer import Trainer
 
 STEPS = 20
@@ -107,3 +118,87 @@ def test_bf16_and_checkpointing_under_shards(tmp_path):
     ranks = run_ranks(train, 2, _changes(**{"train.num_steps": 3, "train.parallel": plan}), str(tmp_path))
     assert all(value.isfinite().all() for value in ranks[0].values())
     assert ranks[0]["model.blocks.0.mlp.w1.weight"].dtype == torch.float32
+
+
+WATCHED = {
+    "train.num_steps": 4,
+    "train.validation": 57,  # 513 triples: one process has a batch more to measure than the other
+    "train.validate_every": 2,
+    "train.sample_every": 2,
+    "train.ema_snapshots_every": 2,
+    "train.batch_size": 8,
+    "sampling": {"num_inference_steps": 3, "guidance_scale": 2.0, "refresh_every": 2},
+}
+
+
+def watch(processes: Distributed, strategy: str, folder: str) -> dict[str, float]:
+    trainer = Trainer(tiny(**WATCHED, **{"train.parallel": {"strategy": strategy}}), folder, device="cpu")
+    return trainer.fit().metrics
+
+
+@pytest.mark.xdist_group("distributed")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_watching_two_processes(tmp_path, strategy):
+    """Validation, samples and snapshots are those of one process."""
+    alone = watch(Distributed(torch.device("cpu")), "auto", str(tmp_path / "alone"))
+    ranks = run_ranks(watch, 2, strategy, str(tmp_path / "two"))
+    assert ranks[0]["validation_loss"] == ranks[1]["validation_loss"]
+    assert ranks[0]["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-5)
+    for step in (2, 4):
+        one, two = (
+            np.asarray(Image.open(tmp_path / f / "samples" / f"step-{step}.png"), int) for f in ("alone", "two")
+        )
+        assert np.abs(one - two).max() <= 1
+        assert one.std() > 10
+    one, two = (reconstruct(tmp_path / f, 0.07) for f in ("alone", "two"))
+    assert _distance(one, two, "") <= 1e-3  # they are stored in half precision
+
+
+def diverge(processes: Distributed, strategy: str, folder: str) -> tuple[str, dict, dict]:
+    """The message, and the state before and after."""
+    register()
+    objective = {"kind": "test_poisoned", "counter": 3 * 16 + 13}  # of the second rank
+    recipe = tiny(objective=objective, **{"train.parallel": {"strategy": strategy}})
+    states = []
+
+    def look(step: int) -> None:
+        states.append({name: _full(value) for name, value in trainer.networks.tensors().items()})
+
+    trainer = Trainer(recipe, folder, device="cpu")
+    with pytest.raises(TrainingDiverged) as caught:
+        trainer.fit(on_step=look)
+    look(-1)
+    return str(caught.value), states[-2], states[-1]
+
+
+@pytest.mark.xdist_group("distributed")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_nan_on_one_rank_stops_all_before_the_update(tmp_path, strategy):
+    for message, before, after in run_ranks(diverge, 2, strategy, str(tmp_path)):
+        assert "after step 3" in message
+        assert not [name for name in before if not torch.equal(before[name], after[name])]
+    dump = json.loads((tmp_path / "nonfinite-step-3.json").read_text())
+    assert [(piece["rank"], piece["nonfinite"]) for piece in dump["micro_batches"]] == [(0, []), (1, [61])]
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step-3"
+    register()
+    recipe = tiny(objective={"kind": "test_poisoned", "counter": 61})
+    losses = Trainer(recipe, tmp_path).replay(tmp_path / "nonfinite-step-3.json")
+    assert [bool(loss.total.isfinite()) for loss in losses] == [True, False]
+
+
+def stop(processes: Distributed, number: int, folder: str) -> tuple[str, int]:
+    def send(step: int) -> None:
+        if step == 2 and processes.rank == 1:
+            os.kill(os.getpid(), number)
+
+    trainer = Trainer(tiny(**{"train.parallel": {"strategy": "fsdp"}}), folder, device="cpu")
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:
+        trainer.fit(on_step=send)
+    return str(getattr(caught.value, "code", "interrupted")), trainer.step
+
+
+@pytest.mark.xdist_group("distributed")
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, "143"), (signal.SIGINT, "interrupted")])
+def test_a_signal_to_one_rank_is_the_decision_of_all(tmp_path: Path, number, status):
+    assert run_ranks(stop, 2, number, str(tmp_path)) == [(status, 2), (status, 2)]
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step-2"

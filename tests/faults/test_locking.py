@@ -31,7 +31,9 @@ def test_a_live_run_keeps_its_folder(root):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", json.dumps({"pid": os.getpid(), "started": "1", "host": os.uname()[1]})]
+    "text",
+    ["", "{", "[]", json.dumps({"pid": os.getpid(), "started": "1", "host": os.uname()[1]})],
+    ids=["empty", "cut", "no object", "pid of another process"],
 )
 def test_a_stale_lock_is_taken_over(root, text):
     """Also that of a dead process whose number somebody else has now."""

@@ -25,6 +25,8 @@ class TrainOptions:
     """which of its weights"""
     device: Annotated[Literal["cpu", "cuda"] | None, arg(metavar="cpu|cuda")] = None
     """default: CUDA where there is any"""
+    profile: Annotated[int | None, arg(metavar="STEPS")] = None
+    """profile so many steps: profile.json in the run folder for a trace viewer, and the ten costliest operations"""
     dry_run: FlagCreatePairsOff[bool] = False
     """build everything, print sizes, train nothing"""
     print_config: FlagCreatePairsOff[bool] = False
@@ -63,7 +65,7 @@ def run(args: list[str]) -> int:
         if options.dry_run:
             _describe(trainer)
             return 0
-        result = trainer.fit()
+        result = trainer.fit(profile=options.profile)
     finally:
         trainer.processes.close()
     if trainer.processes.is_main:

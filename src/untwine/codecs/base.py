@@ -73,6 +73,10 @@ class Codec(ABC):
     def sample_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The inverse of :meth:`latent_shape`."""
 
+    def decoded_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of what :meth:`decode` makes of one latent; other than the samples' for posteriors out of a cache."""
+        return self.sample_shape(latent_shape)
+
     def fingerprint(self) -> dict[str, Any]:
         """JSON values that tell the latents of this codec from another's; a cache of latents is compared by them."""
         options = asdict(self) if is_dataclass(self) else {}

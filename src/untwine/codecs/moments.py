@@ -16,11 +16,10 @@ class Moments(Codec):
         stochastic: samples (B, 2C, *grid) hold the normalised mean and deviation; else (B, C, *grid), the mean alone.
     """
 
-    reconstructs = False
-
     def __init__(self, codec: Codec, stochastic: bool) -> None:
         self.codec, self.stochastic = codec, stochastic
         self.value_range, self.causal_time = codec.value_range, codec.causal_time  # type: ignore[misc]
+        self.reconstructs = codec.reconstructs  # type: ignore[misc]
 
     def encode(self, x: Tensor, *, draws: Draws | None = None, index: Tensor | None = None) -> Encoding:
         mean, std = x.chunk(2, dim=1) if self.stochastic else (x, None)
@@ -41,3 +40,6 @@ class Moments(Codec):
 
     def sample_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
         return (latent_shape[0] * (1 + self.stochastic), *latent_shape[1:])
+
+    def decoded_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.codec.decoded_shape(latent_shape)

@@ -255,8 +255,11 @@ def _skeleton(folder: Path) -> Any:
     cls = getattr(diffusers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "encode") and hasattr(cls, "decode")):
         raise ValueError(f"{folder} holds a {name}, which is no autoencoder of diffusers {diffusers.__version__}")
-    with torch.device("meta"):
-        return cls.from_config(config).eval()  # type: ignore[attr-defined]
+    try:
+        with torch.device("meta"):
+            return cls.from_config(config).eval()  # type: ignore[attr-defined]
+    except Exception as error:  # whatever the class raises for options that it lacks or does not know
+        raise ValueError(f"{folder / 'config.json'} is no config of a {name}: {error}") from error
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
@@ -33,6 +33,10 @@ class Dataset(ABC):
     """what the source calls each sample, such as a relative path"""
     groups: np.ndarray | None = None
     """(len,) int64: samples of one group, such as two drawings of one thing, are held out together or not at all"""
+    flip: bool = False
+    """whether :meth:`read` mirrors half of the samples, where it is given draws"""
+    crop: Literal["center", "random"] = "center"
+    """of the samples, where it is given draws"""
     max_corrupt: float = 0.0
     """fraction of unreadable samples at which reading stops"""
 
@@ -90,7 +94,7 @@ class Subset(Dataset):
         self.num_classes = dataset.num_classes
         self.class_names = dataset.class_names
         self.sample_shape = dataset.sample_shape
-        self.max_corrupt = dataset.max_corrupt
+        self.max_corrupt, self.flip, self.crop = dataset.max_corrupt, dataset.flip, dataset.crop
         self.labels = None if dataset.labels is None else dataset.labels[positions]
         self.groups = None if dataset.groups is None else dataset.groups[positions]
         self.captions = None if dataset.captions is None else [dataset.captions[p] for p in positions]

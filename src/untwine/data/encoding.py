@@ -75,20 +75,20 @@ class Encoder:
     ) -> None:
         if min(batch_size, shard_size) < 1:
             raise ValueError(f"batch_size and shard_size must be >= 1, got {batch_size} and {shard_size}")
-        if getattr(dataset, "crop", "center") != "center":
+        if dataset.crop != "center":
             raise ValueError(
-                f"data.crop is {dataset.crop!r}, and a cache holds one crop of each sample: set data.crop to center"  # type: ignore[attr-defined]
+                f"data.crop is {dataset.crop!r}, and a cache holds one crop of each sample: set data.crop to center"
             )
         self.dataset, self.codec, self.out, self.device = dataset, codec, Path(out), torch.device(device)
         self.batch_size, self.shard_size, self.dtype = batch_size, shard_size, getattr(torch, dtype)
-        self.flips = bool(getattr(dataset, "flip", False))
+        self.flips = dataset.flip
         self.manifest: dict[str, Any] = {
             "format": FORMAT,
             "codec": codec.fingerprint(),
             "made_by": made_by or {},
             "dtype": dtype,
             "sample_shape": list(dataset.sample_shape),
-            "crop": getattr(dataset, "crop", "none"),
+            "crop": dataset.crop,
             "flips": self.flips,
             "latent_shape": list(codec.latent_shape(dataset.sample_shape)),
             "num_classes": dataset.num_classes,

@@ -55,14 +55,14 @@ class HuggingFace(Dataset):
         max_corrupt: float = 0.01,
     ) -> None:
         self.root = Path(root)
+        if not 0 <= max_corrupt <= 1:
+            raise ValueError(f"max_corrupt must be within [0, 1], got {max_corrupt}")
         self.prepare = Preparation(resolution, channels, crop, flip)
         self.flip, self.crop, self.max_corrupt = flip, crop, max_corrupt
         self.sample_shape = (channels, resolution, resolution)
         table = _open(self.root, part)
         self.image = self._column(table, image, "image", _images(table))
         self.table = _undecoded(table, self.image)
-        if not len(self.table):
-            raise ValueError(f"root: the part {part!r} of {self.root} is empty")
         labels = _class_labels(table) or [name for name in _LABELS if name in table.column_names]
         if name := self._optional(table, label, "label", labels):
             self._read_labels(table, name)
@@ -81,7 +81,7 @@ class HuggingFace(Dataset):
 
     def fingerprint(self) -> dict[str, Any]:
         sampled = np.unique(np.linspace(0, len(self) - 1, 16).astype(int))
-        hashes = [hashlib.sha256(self._bytes(int(i))).hexdigest() for i in sampled]
+        hashes = [self._hash(int(i)) for i in sampled]
         told = repr((None if self.labels is None else self.labels.tolist(), self.captions)).encode()
         return {"count": len(self), "labels": hashlib.sha256(told).hexdigest(), "sha256": hashes}
 
@@ -94,6 +94,12 @@ class HuggingFace(Dataset):
             return Path(entry["path"]).read_bytes() if entry.get("path") else b""
         except OSError as error:
             raise CorruptImage(f"row {position} of {self.root}: {error}") from error
+
+    def _hash(self, position: int) -> str:
+        try:
+            return hashlib.sha256(self._bytes(position)).hexdigest()
+        except CorruptImage:
+            return "unreadable"
 
     def _read_labels(self, table: Any, name: str) -> None:
         feature, values = table.features[name], table[name][:]
@@ -127,14 +133,17 @@ def _open(root: Path, part: str) -> Any:
     except ImportError as error:
         raise ImportError("data of kind hf are read by the package datasets: pip install untwine[data]") from error
     parquet = [root] if root.suffix == ".parquet" and root.is_file() else sorted(root.rglob("*.parquet"))
-    if any((root / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")) and not parquet:
-        found = datasets.load_from_disk(str(root))
-    elif parquet:
-        found = datasets.load_dataset("parquet", data_files=_parts(parquet, part))
-    elif root.is_dir() and any(root.iterdir()):
-        found = datasets.load_dataset("imagefolder", data_dir=str(root))
-    else:
+    if not parquet and not (root.is_dir() and any(root.iterdir())):
         raise ValueError(f"root must be a folder of save_to_disk, images or parquet files, got {str(root)!r}")
+    try:
+        if parquet:
+            found = datasets.load_dataset("parquet", data_files=_parts(parquet, part))
+        elif any((root / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+            found = datasets.load_from_disk(str(root))
+        else:
+            found = datasets.load_dataset("imagefolder", data_dir=str(root))
+    except Exception as error:  # whatever it raises on damaged and on empty files
+        raise ValueError(f"root: {root} cannot be read by datasets: {str(error).splitlines()[0]}") from error
     if not isinstance(found, datasets.DatasetDict):
         return found
     if part not in found:

@@ -90,9 +90,8 @@ class Wandb(Logger):
 
     def open(self, folder: Path, name: str, config: dict[str, Any], step: int) -> Sink:
         wandb = _require("wandb")
-        identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
-        settings = {"project": self.project, "mode": self.mode, "dir": str(folder), "id": identity, "resume": "allow"}
-        return _RunSink(wandb, wandb.init(name=name, config=config, **settings))
+        settings = {"project": self.project, "mode": self.mode, "dir": str(folder), "resume": "allow"}
+        return _RunSink(wandb, wandb.init(name=name, id=_identity(folder), config=config, **settings))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +102,8 @@ class Trackio(Logger):
 
     def open(self, folder: Path, name: str, config: dict[str, Any], step: int) -> Sink:
         trackio = _require("trackio")
-        return _RunSink(trackio, trackio.init(project=self.project, name=name, config=config, resume="allow"))
+        unique = f"{name}-{_identity(folder)}"  # it knows runs by name
+        return _RunSink(trackio, trackio.init(project=self.project, name=unique, config=config, resume="allow"))
 
 
 class _RunSink:
@@ -120,6 +120,11 @@ class _RunSink:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _identity(folder: Path) -> str:
+    """The same for every part of a run, and another for every folder."""
+    return hashlib.blake2b(str(folder.resolve()).encode(), digest_size=4).hexdigest()
 
 
 def _require(package: str) -> Any:

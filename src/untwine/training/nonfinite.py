@@ -1,4 +1,7 @@
-"""What a run leaves behind when its loss or gradient is no longer finite: enough to make it happen again."""
+"""The guard before each update, and what it leaves behind: enough to make a loss that is not finite happen again.
+
+The answer is needed before the optimizer may be told to step, so the guard waits for the device once a step.
+"""
 
 from __future__ import annotations
 

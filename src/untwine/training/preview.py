@@ -38,10 +38,11 @@ class Preview:
         seed: int,
         processes: Distributed,
     ) -> None:
-        if path is None or dataset.sample_shape[0] not in (1, 3) or not codec.reconstructs:
+        channels = codec.decoded_shape(codec.latent_shape(dataset.sample_shape))[0]
+        if path is None or channels not in (1, 3) or not codec.reconstructs:
             raise ValueError(
                 "train.sample_every needs an objective with a diffusion path and a codec that decodes to 1 or 3 "
-                f"channels, got {'no path' if path is None else f'samples of {dataset.sample_shape[0]} channels'}; "
+                f"channels, got {'no path' if path is None else f'samples of {channels} channels'}; "
                 "leave it out"
             )
         self.dataset, self.codec, self.path, self.sampling, self.processes = dataset, codec, path, sampling, processes

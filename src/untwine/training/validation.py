@@ -54,7 +54,8 @@ class Validation:
     def _batch(self, x: Tensor, index: Tensor) -> Batch:
         labels = self.dataset.labels
         latents = self.codec.encode(x, draws=self.draws, index=index).latents
-        condition = Condition() if labels is None else Condition(labels=torch.from_numpy(labels[index % len(labels)]))
+        chosen = (index % len(self.dataset)).numpy()
+        condition = Condition() if labels is None else Condition(labels=torch.from_numpy(labels[chosen]))
         return Batch(latents, condition.to(x.device), index)
 
     @torch.no_grad()
@@ -66,7 +67,11 @@ class Validation:
         step: int,
         precision: Callable[[], AbstractContextManager[Any]],
     ) -> dict[str, Any]:
-        """Mean loss, its parts and the loss per time bin; collective."""
+        """Mean loss, its parts and the loss per time bin; collective.
+
+        Raises:
+            CorruptImage: where no held-out sample can be read.
+        """
         meter = LossMeter(self.processes)
         training = {module: module.training for module in (*networks.values(), objective)}
         for module in training:
@@ -76,7 +81,10 @@ class Validation:
                 with precision():
                     loss = objective(networks, batch, update="model", step=step, draws=self.draws)
                 meter.add(loss, weight=count)
-            return meter.read()
+            values = meter.read()
         finally:
             for module, was in training.items():
                 module.train(was)
+        if values["loss"] is None:
+            raise CorruptImage(f"none of the {len(self.dataset)} held-out samples can be read")
+        return values

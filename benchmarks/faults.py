@@ -1,0 +1,210 @@
+"""Faults done to training runs, and what was lost: the table behind "a run survives".
+
+    python benchmarks/faults.py            # about two minutes
+
+A kill inside a checkpoint write is made at every storage operation of a save, and at each in the middle of it; disks
+fill up by an injected ENOSPC; signals and SIGKILL go to real processes; a NaN hits one of two processes (gloo).
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, save
+
+sys.path.insert(0, str(ROOT))
+from tests.faults.test_interrupted_saves import Crash, Failing
+from tests.tiny import tiny
+
+from untwine.training import checkpoint
+from untwine.training.nonfinite import TrainingDiverged
+from untwine.training.saving import SavingFailed
+from untwine.training.trainer import Trainer
+
+STEPS, EVERY = 12, 3
+RECIPE = {"train.num_steps": STEPS, "train.save_every": EVERY}
+PROGRAM = """
+import json, sys, torch
+torch.set_num_threads(1)
+from tests.faults.poison import register
+register()
+from tests.tiny import tiny
+from untwine.training.trainer import Trainer
+trainer = Trainer(tiny(**json.loads(sys.argv[2])), sys.argv[1], device="cpu")
+trainer.fit(until=json.loads(sys.argv[3]), on_step=lambda step: print(step, flush=True))
+"""
+
+
+def tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.networks.tensors().items()}
+
+
+def finished(folder: Path, changes: dict[str, Any] = RECIPE) -> dict[str, torch.Tensor]:
+    """The state at the end of a run that is started, or continued, without faults."""
+    trainer = Trainer(tiny(**changes), folder)
+    trainer.fit()
+    return tensors(trainer)
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def newest(folder: Path) -> int:
+    path = checkpoint.latest(folder / "checkpoints")
+    return -1 if path is None else int(path.name.removeprefix("step-"))
+
+
+def interrupted_saves(work: Path, whole: dict[str, torch.Tensor], crash: bool) -> dict[str, Any]:
+    """A crash (or a failure) at every storage operation of the save at step 6, the one at step 3 being there."""
+    base = work / "base"
+    if not base.exists():
+        Trainer(tiny(**RECIPE), base).fit(until=EVERY)
+    recovered, lost = [], []
+    for healthy in itertools.count():
+        folder = work / f"{'crash' if crash else 'failure'}-{healthy}"
+        shutil.copytree(base, folder)
+        trainer, storage = Trainer(tiny(**RECIPE), folder), Failing(healthy, crash)
+
+        def arm(step: int, trainer: Trainer = trainer, storage: Failing = storage) -> None:
+            if step == 2 * EVERY - 1:
+                trainer.keeper.storage = storage
+
+        with suppress(Crash, SavingFailed):
+            trainer.fit(until=2 * EVERY, on_step=arm)
+        if storage.calls <= healthy:
+            break
+        lost.append(trainer.step - newest(folder))
+        recovered.append(equal(finished(folder), whole))
+        shutil.rmtree(folder)
+    return {"runs": len(recovered), "recovered_bitwise": sum(recovered), "steps_lost": max(lost)}
+
+
+def full_disk(work: Path, whole: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Full at the first two saves: training goes on. Full for good: it stops after three, and continues afterwards."""
+    from tests.faults.test_surviving import Full
+
+    passing = Trainer(tiny(**RECIPE), work / "passing")
+    passing.storage = Full(1, 2)
+    passing.fit()
+    stopped = Trainer(tiny(**RECIPE), work / "stopped")
+    stopped.storage = Full(2, 3, 4)
+    message = ""
+    try:
+        stopped.fit()
+    except SavingFailed as error:
+        message = str(error)
+    lost = stopped.step - newest(work / "stopped")
+    recovered = equal(tensors(passing), whole) + equal(finished(work / "stopped"), whole)
+    return {"runs": 2, "recovered_bitwise": recovered, "steps_lost": lost, "names_bytes": "needed" in message}
+
+
+def launch(
+    folder: Path, changes: dict[str, Any], ranks: int = 1, until: int | None = None
+) -> list[subprocess.Popen[str]]:
+    port = str(20000 + os.getpid() % 20000)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(changes), json.dumps(until)]
+    processes = []
+    for rank in range(ranks):
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        joined = {name: str(value) for name, value in group.items()} | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        own = env | (joined if ranks > 1 else {})
+        processes.append(
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=own
+            )
+        )
+    return processes
+
+
+def signalled(work: Path, whole: dict[str, torch.Tensor], number: int) -> dict[str, Any]:
+    folder = work / signal.Signals(number).name
+    (process,) = launch(folder, RECIPE)
+    last = 0
+    for line in process.stdout or ():
+        last = int(line)
+        if last == 5:
+            break
+    sent = time.perf_counter()
+    os.killpg(process.pid, number)
+    told = process.communicate(timeout=120)[0].split()
+    seconds = time.perf_counter() - sent
+    last = int(told[-1]) if told else last
+    lost = last - max(0, newest(folder))
+    return {
+        "runs": 1,
+        "recovered_bitwise": int(equal(finished(folder), whole)),
+        "steps_lost": lost,
+        "exit_status": process.returncode if process.returncode >= 0 else 128 - process.returncode,
+        "seconds_to_exit": round(seconds, 2),
+    }
+
+
+def _wait(processes: list[subprocess.Popen[str]]) -> list[tuple[str, int]]:
+    return [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+
+
+def nan_on_one_rank(work: Path) -> dict[str, Any]:
+    """Two processes; the second meets a NaN at the sixth step."""
+    from tests.faults.poison import register
+
+    register()
+    objective = {"kind": "test_poisoned", "counter": 5 * 16 + 13}
+    changes = {**RECIPE, "objective": objective}
+    ends = [_wait(launch(work / name, changes, ranks=2, until=until)) for name, until in (("before", 5), ("nan", None))]
+    before, again = (Trainer(tiny(**changes), work / name) for name in ("before", "nan"))
+    checkpoint.load(work / "before" / "checkpoints" / "step-5", before.networks.tensors())
+    losses = again.replay(work / "nan" / "nonfinite-step-5.json")
+    return {
+        "runs": 1,
+        "all_ranks_stopped": all(TrainingDiverged.__name__ in stderr and code for stderr, code in ends[1]),
+        "steps_lost": 5 - newest(work / "nan"),
+        "state_is_that_before_bitwise": equal(tensors(before), tensors(again)),
+        "dump_replays_it": [bool(loss.total.isfinite()) for loss in losses] == [True, False],
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    work = Path(tempfile.mkdtemp(prefix="untwine-faults-"))
+    try:
+        whole = finished(work / "whole")
+        cases: dict[str, Callable[[], dict[str, Any]]] = {
+            "crash at every storage operation of a save": lambda: interrupted_saves(work, whole, crash=True),
+            "failure (ENOSPC) at every storage operation": lambda: interrupted_saves(work, whole, crash=False),
+            "disk full, for two saves and for good": lambda: full_disk(work, whole),
+            "SIGTERM": lambda: signalled(work, whole, signal.SIGTERM),
+            "SIGINT": lambda: signalled(work, whole, signal.SIGINT),
+            "SIGKILL": lambda: signalled(work, whole, signal.SIGKILL),
+            "NaN on one of two ranks": lambda: nan_on_one_rank(work),
+        }
+        rows = []
+        for name, run in cases.items():
+            started = time.perf_counter()
+            rows.append({"fault": name, **run(), "seconds": round(time.perf_counter() - started, 1)})
+            print(rows[-1], flush=True)
+        save("faults", {"steps": STEPS, "save_every": EVERY, "errno": errno.errorcode[errno.ENOSPC], "rows": rows})
+    finally:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Every page of the documentation does what it shows, from an empty folder and without a network."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.docs.pages import DOCS, blocks, pictures, run_page
+
+TUTORIALS = sorted(DOCS.glob("tutorials/*.md"))
+PAGES = [DOCS / "index.md", DOCS / "getting-started.md", *TUTORIALS, DOCS / "troubleshooting.md"]
+SHOWN_ONLY = {"text", "yaml", "json", "sh"}
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    logger = logging.getLogger("untwine")
+    handlers, level = list(logger.handlers), logger.level
+    yield tmp_path
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page_runs(page, empty_folder):
+    ran = run_page(page)
+    assert ran >= 1, f"{page.name} shows nothing that runs"
+    for made, shown in pictures(page):
+        assert _distance(Path(made), shown) < 2, f"{shown.name} is no longer what the page's commands draw"
+
+
+def test_there_are_the_promised_tutorials():
+    assert {page.stem for page in TUTORIALS} >= {
+        "own-folder",
+        "fine-tune",
+        "official-weights",
+        "sampling",
+        "core",
+        "coming-from",
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_fence_is_known(page):
+    """A misspelt language would silently not be run."""
+    languages = {language for language, _ in blocks(page)}
+    assert languages <= {"bash", "python", "pycon", "console"} | SHOWN_ONLY
+    text = page.read_text(encoding="utf-8")
+    assert text.count("\n```") == 2 * len(blocks(page)), f"{page.name} has a fence without a language"
+
+
+def _distance(a: Path, b: Path) -> float:
+    """Mean absolute difference in grey levels; infinite for pictures of different size."""
+    first, second = (np.asarray(Image.open(path).convert("RGB"), np.float32) for path in (a, b))
+    return float(np.abs(first - second).mean()) if first.shape == second.shape else float("inf")
