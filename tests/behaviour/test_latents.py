@@ -197,11 +197,13 @@ def test_a_broken_off_run_goes_on(pictures, codec, tmp_path, monkeypatch):
         encoder.run()
     with pytest.raises(LatentsError, match=r"is incomplete \(2 shards so far\); run the same untwine data encode"):
         Latents(tmp_path / "cache")
+    (tmp_path / "cache" / ".latents-00002-of-00003.safetensors.tmp").write_bytes(b"half a shard")
     whole = encode(pictures, codec, tmp_path / "whole")
     again = Encoder(ImageFolder(pictures, 8), codec, tmp_path / "cache", batch_size=3, shard_size=5)
     monkeypatch.setattr(again, "_make_shard", lambda *args: reads.append(args) or Encoder._make_shard(again, *args))
     again.run()
     assert [positions for _, positions in reads] == [range(10, 13)]
+    assert {file.name for file in whole.iterdir()} == {file.name for file in (tmp_path / "cache").iterdir()}
     for file in whole.iterdir():
         assert file.read_bytes() == (tmp_path / "cache" / file.name).read_bytes()
 
