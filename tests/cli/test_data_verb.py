@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 
 import pytest
@@ -13,16 +12,6 @@ from tests.behaviour.emoji_packages import fake_npm
 from tests.behaviour.pictures import folder_of
 from tests.tiny import tiny
 from tests.vaes import save_vae
-
-
-@pytest.fixture(autouse=True)
-def console():
-    """Takes away the handler of the console, which would go on writing into this test's captured stream."""
-    logger = logging.getLogger("untwine")
-    before = logger.handlers[:], logger.level
-    yield
-    logger.handlers[:] = before[0]
-    logger.setLevel(before[1])
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from untwine.diffusion.draws import Draws
@@ -64,6 +65,15 @@ class Codec(ABC):
         chunk: int | None = None,
     ) -> Tensor:
         """Decodes latents; ``tile`` (latent pixels) and ``chunk`` (latent frames) bound the memory it takes."""
+
+    def to_pixels(self, latents: Tensor) -> Tensor:
+        """Decoded pictures rounded to 8 bits, (B, C, H, W) uint8; the ends of ``value_range`` are 0 and 255.
+
+        DiT, SiT and DDT round like this; REPA and RAE truncate, half a grey level darker.
+        """
+        low, high = self.value_range
+        unit = ((self.decode(latents).float() - low) / (high - low)).clamp(0, 1)
+        return (unit * 255).round().to(torch.uint8)
 
     @abstractmethod
     def latent_shape(self, sample_shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -152,13 +152,11 @@ class ImagePipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]
 
     def to_images(self, latents: Tensor, output_type: OutputType = "pil") -> Any:
-        """Decoded and rounded to 8 bits (``round(127.5 x + 127.5)``, as DiT and DDT do), in the requested form."""
-        low, high = self.codec.value_range
-        unit = ((self.codec.decode(latents).float() - low) / (high - low)).clamp(0, 1)
-        pixels = (unit * 255).round()
+        """Decoded and rounded to 8 bits, in the requested form."""
+        pixels = self.codec.to_pixels(latents)
         if output_type == "pt":
-            return pixels / 255
-        array = pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            return pixels.float() / 255
+        array = pixels.permute(0, 2, 3, 1).cpu().numpy()
         return array.astype(np.float32) / 255 if output_type == "np" else [to_pil(image) for image in array]
 
     def _check_output(self, output_type: str) -> None:

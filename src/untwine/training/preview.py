@@ -74,9 +74,7 @@ class Preview:
         finally:
             model.train(training)
             reshard(model)
-        low, high = self.codec.value_range
-        unit = ((self.codec.decode(latents).float() - low) / (high - low)).clamp(0, 1)
-        pixels = self.processes.gather((unit * 255).round().to(torch.uint8))  # (ranks, share, C, H, W)
+        pixels = self.processes.gather(self.codec.to_pixels(latents))  # (ranks, share, C, H, W)
         return pixels.transpose(0, 1).flatten(0, 1)[:count].permute(0, 2, 3, 1).cpu().numpy()
 
     def sheet(self, images: np.ndarray) -> Image.Image:
