@@ -30,11 +30,11 @@ COMMANDS = (
 
 
 def help_of(command: str) -> str:
-    """What ``untwine COMMAND --help`` prints, 92 columns wide."""
+    """What ``untwine COMMAND --help`` prints, 84 columns wide."""
     from untwine.cli import main
 
     before, output = os.environ.get("COLUMNS"), io.StringIO()
-    os.environ["COLUMNS"] = "92"
+    os.environ["COLUMNS"] = "84"
     try:
         with redirect_stdout(output), suppress(SystemExit):
             main([*command.split(), "--help"])

@@ -38,6 +38,7 @@ def test_page_runs(page, empty_folder):
 def test_there_are_the_promised_tutorials():
     assert {page.stem for page in TUTORIALS} >= {
         "own-folder",
+        "latents",
         "fine-tune",
         "official-weights",
         "sampling",
