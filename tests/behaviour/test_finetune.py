@@ -12,6 +12,7 @@ from PIL import Image
 
 import untwine
 from tests.tiny import tiny
+from untwine.adapters.lora import load_lora
 from untwine.cli import main
 from untwine.data.digits import Digits
 from untwine.training.metering import read_log
@@ -113,7 +114,7 @@ def test_same_classes_keep_everything_and_start_better(digits_run, tmp_path, cap
 
 
 WRONG = {
-    "no folder": ("nowhere", "ema:0", "nowhere holds no checkpoint of a run"),
+    "no folder": ("nowhere", "ema:0", "unknown checkpoint 'nowhere'"),
     "a folder without checkpoints": (".", "ema:0", ". holds no checkpoint of a run"),
     "unknown weights": (None, "ema:5", "has no 'ema:5' (known: ema:0, ema:1, raw)"),
 }
@@ -150,3 +151,61 @@ def test_the_folder_recipe_takes_any_folder(tmp_path, capsys, layout):
     assert pipe.class_names == (["kind0", "kind1"] if layout == "classes" else [])
     assert pipe.num_classes == len(pipe.class_names)
     assert pipe(num_inference_steps=1).images[0].size == (64, 64)
+
+
+ADAPTER = {"kind": "lora", "rank": 4}
+
+
+def test_an_adapter_is_trained_on_a_frozen_model(digits_run, tmp_path):
+    """Only the adapter moves; the run resumes bitwise, and samples as its adapter on the model it started from does."""
+    recipe = tiny(adapter=ADAPTER, **{"train.num_steps": 12, "optimizer.lr": 5e-2})
+    trainer = Trainer(recipe, tmp_path / "lora", init=digits_run)
+    trainer.fit()
+    base = untwine.load(digits_run).model.state_dict()
+    for name, value in trainer.networks.model.state_dict().items():
+        if "lora_" not in name:
+            assert torch.equal(value, base[name.replace(".base_layer.", ".")]), name
+    assert any(value.abs().max() > 0 for name, value in trainer.networks.model.state_dict().items() if "lora_B" in name)
+    parts = Trainer(recipe, tmp_path / "parts", init=digits_run)
+    parts.fit(until=3)
+    parts = Trainer(recipe, tmp_path / "parts", init=digits_run)
+    parts.fit()
+    for name, value in parts.networks.tensors().items():
+        assert torch.equal(value, trainer.networks.tensors()[name]), name
+    pipe = untwine.load(digits_run)
+
+    def drawn(source):
+        return source(class_labels=[1, 2, 3, 4], num_inference_steps=3, output_type="latent").images
+
+    plain = drawn(pipe)
+    with load_lora(pipe.model, tmp_path / "lora" / "adapter"):
+        attached = drawn(pipe)
+    assert torch.allclose(drawn(untwine.load(tmp_path / "lora")), attached, atol=1e-4)
+    assert not torch.allclose(attached, plain, atol=1e-2)
+    assert torch.equal(drawn(pipe), plain)
+
+
+def test_an_adapter_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="an adapter needs a trained model"):
+        Trainer(tiny(adapter=ADAPTER), tmp_path).fit()
+
+
+def test_init_from_anything_that_can_be_sampled(tmp_path, capsys):
+    """The shipped checkpoint, by name and as a saved folder."""
+    untwine.load("ddt-digits").save_pretrained(tmp_path / "saved")
+    short = ["--train.num-steps", "1", "--train.batch-size", "8", "--train.validation", "10"]
+    for source in ("ddt-digits", tmp_path / "saved"):
+        out = tmp_path / f"run-{len(str(source))}"
+        assert main(["train", "ddt-digits", "--init", str(source), "--out", str(out), *short]) == 0
+        event = read_log(out / "log.jsonl", "init")[0]
+        assert (event["kept"], event["reinitialised"]) == (len(list(untwine.load(out).model.parameters())), [])
+
+
+def test_posthoc_weights_are_sampled(tmp_path):
+    changes = {"train.num_steps": 40, "train.ema_snapshots_every": 5, "train.batch_size": 4}
+    Trainer(tiny(**changes), tmp_path).fit()
+    images = untwine.sample(untwine.load(tmp_path, weights="posthoc:0.1"), count=2, num_inference_steps=2).images
+    assert images.shape == (2, 8, 8, 1)
+    for weights, message in (("posthoc:x", "posthoc:SIGMA"), ("posthoc:0.9", "sigma_rel must be within")):
+        with pytest.raises(ValueError, match=message):
+            untwine.load(tmp_path, weights=weights)

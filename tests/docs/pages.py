@@ -27,7 +27,7 @@ from untwine.cli import main
 
 DOCS = Path(__file__).parents[2] / "docs"
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-MADE = re.compile(r"<!-- made: (\S+) -->\s*!\[[^\]]*\]\(([^)]+)\)")
+MADE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)(?:\{[^}]*\})? <!-- made: (\S+) -->")
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -53,7 +53,7 @@ def run_page(page: Path) -> int:
 
 def pictures(page: Path) -> list[tuple[Path, Path]]:
     """(the file that the commands of the page make, the picture that the page shows) for each one marked so."""
-    return [(Path(made), page.parent / shown) for made, shown in MADE.findall(page.read_text(encoding="utf-8"))]
+    return [(Path(made), page.parent / shown) for shown, made in MADE.findall(page.read_text(encoding="utf-8"))]
 
 
 def _bash(code: str, where: str, names: dict[str, Any]) -> None:

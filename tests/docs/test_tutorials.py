@@ -47,6 +47,12 @@ def test_there_are_the_promised_tutorials():
     }
 
 
+def test_pictures_say_what_makes_them():
+    """Every picture of samples is compared with what its page draws; ddt-digits.png is that of `make demo`."""
+    compared = {shown.name for page in PAGES for _, shown in pictures(page)}
+    assert compared == {path.name for path in DOCS.glob("images/*.png")} - {"ddt-digits.png"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_fence_is_known(page):
     """A misspelt language would silently not be run."""

@@ -25,6 +25,10 @@ class Attached(ABC):
         """What was matched, and how many parameters that adds."""
 
     @abstractmethod
+    def bake(self) -> None:
+        """Makes the adapter part of the model's own weights for good, as cheap as the model alone."""
+
+    @abstractmethod
     def save(self, folder: str | Path) -> None:
         """Writes the adapter alone."""
 

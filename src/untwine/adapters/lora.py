@@ -113,6 +113,13 @@ class AttachedLoRA(Attached):
             layer.get_base_layer().weight.copy_(weight)
         self._unfused.clear()
 
+    def bake(self) -> None:
+        self.fuse()
+        self._unfused.clear()
+        self.model.unload_lora()
+        for key, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._was_trainable[key])
+
     def detach(self) -> None:
         self.unfuse()
         self.model.delete_adapters(self.name)

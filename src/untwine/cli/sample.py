@@ -33,6 +33,10 @@ class SampleOptions:
     """euler, heun, adams_bashforth, ddim, ddpm; its options are flags such as --solver.order 3"""
     weights: Annotated[str, arg(metavar="ema:K|raw")] = "ema:0"
     """which weights of a run folder"""
+    adapter: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """a LoRA for the model, as `untwine train` leaves it in RUN/adapter or peft saves it"""
+    adapter_scale: float = 1.0
+    """how much of it: 0 is the model alone"""
     device: Annotated[Literal["cpu", "cuda"] | None, arg(metavar="cpu|cuda")] = None
     """default: CUDA where there is any"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -61,6 +65,10 @@ def run(args: list[str]) -> int:
         SOLVERS[options.solver]  # says which there are
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load(options.checkpoint, weights=options.weights, device=device, dtype=getattr(torch, options.dtype))
+    if options.adapter is not None:
+        from untwine.adapters.lora import load_lora
+
+        load_lora(pipe.model, options.adapter).set_scale(options.adapter_scale)
     settings = to_dict(pipe.sampling) | ({"solver": options.solver} if options.solver else {})
     settings = apply_flags(Sampling, settings, rest, prog=f"untwine sample {options.checkpoint}")
     folder = prepare_folder(options.out)

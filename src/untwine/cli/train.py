@@ -19,10 +19,10 @@ class TrainOptions:
     """name of a shipped recipe (untwine info lists them) or a YAML file"""
     out: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """run folder; default runs/<recipe name>"""
-    init: Annotated[Path | None, arg(metavar="FOLDER")] = None
-    """run or checkpoint folder whose weights to start from (fine-tuning)"""
+    init: Annotated[str | None, arg(metavar="CHECKPOINT")] = None
+    """whose weights to start from (fine-tuning): a run, or anything that `untwine sample` takes"""
     init_weights: Annotated[str, arg(metavar="ema:K|raw")] = "ema:0"
-    """which of its weights"""
+    """which weights of a run"""
     device: Annotated[Literal["cpu", "cuda"] | None, arg(metavar="cpu|cuda")] = None
     """default: CUDA where there is any"""
     profile: Annotated[int | None, arg(metavar="STEPS")] = None
@@ -52,13 +52,11 @@ def run(args: list[str]) -> int:
         print(yaml.safe_dump(recipe.to_dict(), sort_keys=False), end="")
         return 0
     log_to_console()
-    from untwine.pipelines.loading import open_run
     from untwine.training.trainer import Trainer
 
-    if options.init is not None:
-        open_run(options.init, options.init_weights)  # before anything is built or written
-
-    trainer = Trainer(recipe, options.out, init=options.init, init_weights=options.init_weights, device=options.device)
+    trainer = Trainer(
+        recipe, options.out, init=_source(options), init_weights=options.init_weights, device=options.device
+    )
     try:
         if trainer.processes.is_main:
             _note_captions(trainer.dataset)
@@ -72,6 +70,20 @@ def run(args: list[str]) -> int:
         print(f"{result.folder}: step {result.step}, validation loss {_rounded(result.metrics.get('validation_loss'))}")
         print(f"sample it: untwine sample {result.folder}")
     return 0
+
+
+def _source(options: TrainOptions) -> Any:
+    """What ``--init`` names: the folder of a run, or the weights of a model; checked before anything is built."""
+    if options.init is None:
+        return None
+    from untwine.pipelines.loading import load, open_run, shipped
+
+    folder = Path(options.init)
+    is_model = any((folder / name).is_file() for name in ("model_index.json", "config.json"))
+    if options.init in shipped() or not folder.is_dir() or (is_model and not (folder / "manifest.json").is_file()):
+        return load(options.init).model.state_dict()
+    open_run(folder, options.init_weights)
+    return folder
 
 
 def _note_captions(dataset: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ class Draws:
 
 def _seek(generator: np.random.Generator, counter: int) -> None:
     """Moves to the start of one sample's own 2**128 blocks of the stream."""
-    state = generator.bit_generator.state
+    state: Any = generator.bit_generator.state
     state["state"]["counter"][:] = (0, 0, counter, 0)
     state["buffer_pos"] = 4
     state["has_uint32"] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
@@ -36,6 +37,8 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     decoupled = False
     square_only = False
     max_tokens: int | None = None
+    modulated_per_token: frozenset[str] = frozenset()
+    """parts whose condition differs from token to token"""
     fsdp_methods: tuple[str, ...] = ()
     """methods beside ``forward`` to pass to ``register_fsdp_forward_method``"""
     _scale_in_float32 = False
@@ -121,6 +124,23 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
                 found[f"blocks.{i}.attn"] = Site("attention", part, i)
                 found[f"blocks.{i}.mlp"] = Site("mlp", part, i)
         return {**found, "final_layer": Site("head", list(self.parts)[-1], 0)}
+
+    def flops(self, sample_shape: tuple[int, ...]) -> int:
+        """Floating point operations of one forward pass over one sample (C, H, W), multiply and add counted as two.
+
+        Of matrix products and attention, for N tokens of width d and a SwiGLU of width f: a block makes
+        ``8 N d^2 + 4 N^2 d + 6 N d f``, its modulation ``12 d^2`` per modulated vector: 1, or N where each token has
+        its own.
+        """
+        width, patch_size = self.config.hidden_size, self.config.patch_size
+        tokens = math.prod(sample_shape[1:]) // patch_size**2
+        patches = 2 * tokens * width * sample_shape[0] * patch_size**2
+        block = 8 * tokens * width**2 + 4 * tokens**2 * width + 6 * tokens * width * int(8 * width / 3)
+        vectors = {part: tokens if part in self.modulated_per_token else 1 for part in self.parts}
+        blocks = sum(len(indices) * (block + 12 * vectors[part] * width**2) for part, indices in self.parts.items())
+        final = 4 * list(vectors.values())[-1] * width**2 + patches
+        time_mlp = 2 * width * (self.time_embedder.frequency_dim + width)
+        return blocks + final + len(self.parts) * patches + time_mlp
 
     def null(self, condition: Condition, keys: Iterable[str] | None = None) -> Condition:
         """``condition`` with the named entries (all by default) replaced by what the model has learned as nothing."""

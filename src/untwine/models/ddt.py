@@ -41,6 +41,7 @@ class DDT(Backbone):
     """
 
     decoupled = True
+    modulated_per_token = frozenset({"decoder"})
     fsdp_methods = ("encode", "decode", "modulate")
     SIZES = {  # noqa: RUF012 - a table, read only
         "B": {"hidden_size": 768, "depth": 12, "encoder_depth": 8, "num_heads": 12},

@@ -21,11 +21,13 @@ from untwine.models import MODELS
 from untwine.pipelines.image import ImagePipeline, provenance
 from untwine.registry import did_you_mean
 from untwine.training import checkpoint
+from untwine.training.posthoc import reconstruct
 from untwine.training.recipe import Recipe
 from untwine.training.trainer import CHECKPOINTS
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _INDEX, _MANIFEST = "model_index.json", "manifest.json"
+_POSTHOC = "posthoc:"
 
 
 def shipped() -> list[str]:
@@ -45,7 +47,8 @@ def load(
     Args:
         source: ``ddt-digits``; ``runs/mine`` (its newest checkpoint); a folder with ``model_index.json``, or with the
             ``config.json`` of a single model, whose latents then have no codec; ``owner/name``.
-        weights: of a run, ``ema:k`` or ``raw``.
+        weights: of a run, ``ema:k``, ``raw``, or ``posthoc:SIGMA`` for the average of that relative width, put
+            together from the run's snapshots (``train.ema_snapshots_every``).
 
     Raises:
         ValueError: for an unknown source, a single file (only ``untwine convert`` opens those), weights that the run
@@ -161,14 +164,19 @@ def open_run(folder: Path, weights: str) -> Path:
 
 
 def _from_run(folder: Path, weights: str) -> ImagePipeline:
-    path = open_run(folder, weights)
+    path = open_run(folder, "ema:0" if weights.startswith(_POSTHOC) else weights)
     recipe = Recipe.from_dict(checkpoint.read_config(path))
     state = checkpoint.read_state(path)
     model: Any = recipe.model.build()
-    prefix = "model." if weights == "raw" else f"{weights.replace(':', '.')}."
-    report = checkpoint.load_matching(path, {prefix + name: p.detach() for name, p in model.named_parameters()})
-    if report.reinitialised:
-        raise ValueError(f"weights: {path} has no complete {weights!r}; it lacks {list(report.reinitialised)[:5]}")
+    adapter = recipe.adapter.build().attach(model) if recipe.adapter is not None else None
+    if weights == "raw" or adapter is not None:  # what is frozen has no average
+        _fill(model, path, "raw")
+    if weights.startswith(_POSTHOC):
+        _apply_posthoc(model, folder, weights, state["step"])
+    elif weights != "raw":
+        _fill(model, path, weights)
+    if adapter is not None:
+        adapter.bake()
     return ImagePipeline(
         model,
         codec=recipe.codec.to_dict(),
@@ -178,6 +186,27 @@ def _from_run(folder: Path, weights: str) -> ImagePipeline:
         class_names=state["class_names"],
         origin={"recipe": recipe.name, "step": state["step"], "weights": weights, **provenance()},
     )
+
+
+def _fill(model: Any, path: Path, weights: str) -> None:
+    """Parameters from a checkpoint: all of them for ``raw``, those that were trained for an average."""
+    prefix = "model." if weights == "raw" else f"{weights.replace(':', '.')}."
+    wanted = {n: p.detach() for n, p in model.named_parameters() if weights == "raw" or p.requires_grad}
+    missing = checkpoint.load_matching(path, {prefix + name: p for name, p in wanted.items()}).reinitialised
+    if missing:
+        raise ValueError(f"weights: {path} has no complete {weights!r}; it lacks {list(missing)[:5]}")
+
+
+def _apply_posthoc(model: Any, run: Path, weights: str, step: int) -> None:
+    """Weights of ``posthoc:SIGMA``, put together from the snapshots of a run."""
+    try:
+        sigma = float(weights.removeprefix(_POSTHOC))
+    except ValueError:
+        raise ValueError(f"weights must be 'posthoc:SIGMA', such as posthoc:0.12, got {weights!r}") from None
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in reconstruct(run, sigma, step=step).items():
+            parameters[name].copy_(value)
 
 
 @dataclass(frozen=True)

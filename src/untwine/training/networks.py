@@ -9,7 +9,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from untwine.adapters.base import Attached
 from untwine.training.checkpoint import Report, load_matching
 from untwine.training.distributed import Distributed, autocast, no_sync, parallelize, resolve_strategy
 from untwine.training.ema import EMA, PowerEMA
@@ -46,11 +48,13 @@ class Networks:
         self.roles = {"model": Role(), **objective.networks()}
         self.modules = {name: self._build(role.init or build_model) for name, role in self.roles.items()}
         self.objective = objective.to(processes.device)
+        self.adapter: Attached | None = None
         self._parallelize()
         self.optimizers = {name: self._optimizer(name) for name, role in self.roles.items() if role.trainable}
-        self.averages = [EMA(profile, self.modules["model"].named_parameters()) for profile in recipe.ema]
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.averages = [EMA(profile, trained) for profile in recipe.ema]
         tracked = [PowerEMA(sigma_rel=sigma) for sigma in SIGMAS] if recipe.train.ema_snapshots_every else []
-        self.tracked = [EMA(profile, self.modules["model"].named_parameters()) for profile in tracked]
+        self.tracked = [EMA(profile, trained) for profile in tracked]
         """for snapshots, see :mod:`untwine.training.posthoc`"""
         self.updates = dict.fromkeys(self.optimizers, 0)
         """optimizer steps made, by network"""
@@ -68,12 +72,21 @@ class Networks:
         for name, module in self.modules.items():
             trainable = self.roles[name].trainable
             module.requires_grad_(trainable).train(trainable)
+            if name == "model" and self.recipe.adapter is not None:
+                self._adapt(module)
             if trainable:
                 parallelize(module, plan, self.processes)
         if list(self.objective.parameters()):
             strategy = resolve_strategy(plan, self.model, self.processes)
             own = replace(plan, strategy=strategy, checkpointing=False, compile=False, param_dtype="float32")
             parallelize(self.objective, own, self.processes)
+
+    def _adapt(self, model: nn.Module) -> None:
+        assert self.recipe.adapter is not None
+        if resolve_strategy(self.recipe.train.parallel, model, self.processes) in ("fsdp", "hsdp"):
+            raise ValueError("train.parallel.strategy: an adapter is trained with 'ddp' or 'none', not with shards")
+        with seeded(self.recipe.seed):
+            self.adapter = self.recipe.adapter.build().attach(model)
 
     def _optimizer(self, network: str) -> OptimizerSet:
         named: dict[str, Tensor] = {f"{network}.{n}": p for n, p in self.modules[network].named_parameters()}
@@ -100,24 +113,31 @@ class Networks:
         self.updates.update(updates)
         self._teach()
 
-    def initialise(self, checkpoint: str, weights: str) -> Report:
-        """Model weights (and the averages' start) from another run's checkpoint, where names and shapes agree.
+    def initialise(self, source: str | Mapping[str, Tensor], weights: str) -> Report:
+        """The model's own weights (and the averages' start) from elsewhere, where names and shapes agree.
 
         Args:
-            weights: ``raw`` or ``ema:k``.
+            source: a checkpoint, or a state dict.
+            weights: of a checkpoint, ``raw`` or ``ema:k``.
         """
-        source = "model." if weights == "raw" else f"ema.{weights.removeprefix('ema:')}."
-        live = dict(self.model.named_parameters())
-        report = load_matching(checkpoint, {source + name: p.detach() for name, p in live.items()})
+        live = {plain_name(n): p.detach() for n, p in self.model.named_parameters() if "lora_" not in n}
+        if isinstance(source, str):
+            prefix = "model." if weights == "raw" else f"ema.{weights.removeprefix('ema:')}."
+            found = load_matching(source, {prefix + name: p for name, p in live.items()})
+            report = Report(
+                *(
+                    tuple(n.removeprefix(prefix) for n in names if n.startswith(prefix))
+                    for names in (found.kept, found.reinitialised, found.unused)
+                )
+            )
+        else:
+            report = _fill(live, source)
+        parameters = dict(self.model.named_parameters())
         for average in (*self.averages, *self.tracked):
             for name, tensor in average.tensors().items():
-                tensor.copy_(live[name].detach())
+                tensor.copy_(parameters[name].detach())
         self._teach()
-
-        def own(names: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(n.removeprefix(source) for n in names if n.startswith(source))
-
-        return Report(own(report.kept), own(report.reinitialised), own(report.unused))
+        return report
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -165,3 +185,23 @@ class Networks:
         for name, role in self.roles.items():
             if role.source is not None:
                 self.averages[int(role.source.removeprefix("ema:"))].copy_to(self.modules[name])
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter had before an adapter wrapped its layer."""
+    return name.replace(".base_layer.", ".")
+
+
+@torch.no_grad()
+def _fill(live: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Report:
+    """Copies what has the same name and shape."""
+    kept = [name for name, p in live.items() if name in given and given[name].shape == p.shape]
+    if not kept:
+        raise ValueError(f"init: nothing in it has the name and shape of a parameter, such as {next(iter(live))}")
+    for name in kept:
+        value, target = given[name].to(live[name].device, live[name].dtype), live[name]
+        if isinstance(target, DTensor):
+            value = distribute_tensor(value, target.device_mesh, target.placements)
+        target.copy_(value)
+    missed = tuple(name for name in live if name not in set(kept))
+    return Report(tuple(kept), missed, tuple(sorted(set(given) - set(live))))

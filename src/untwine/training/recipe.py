@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from untwine.adapters.base import Adapter
 from untwine.codecs.base import Codec
 from untwine.config import Component, ConfigError, from_dict, load_yaml, to_dict
 from untwine.data.base import Dataset
@@ -83,6 +84,8 @@ class Recipe:
     data: Component[Dataset]
     model: Component[Model]
     train: TrainConfig
+    adapter: Component[Adapter] | None = None
+    """parameters to add to a frozen model, which ``--init`` gives; they alone are trained"""
     seed: int = 0
     codec: Component[Codec] = field(default=Component(Codec.kinds, "identity"))
     objective: Component[Objective] = field(default=Component(Objective.kinds, "flow_matching"))

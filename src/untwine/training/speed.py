@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from untwine.models.base import Backbone
 from untwine.training.distributed import Distributed
 
 TRAINING = 3
@@ -20,26 +19,9 @@ TRAINING = 3
 
 
 def flops(model: nn.Module, sample_shape: tuple[int, ...]) -> int | None:
-    """Floating point operations of one forward pass over one sample (C, *grid), multiply and add counted as two.
-
-    Of matrix products and attention, for N tokens of width d and a SwiGLU of width f: a block makes
-    ``8 N d^2 + 4 N^2 d + 6 N d f``, its modulation ``12 d^2`` per modulated vector: 1, or N in a DDT decoder. A model
-    with other blocks declares a method ``flops(sample_shape)``; without one the answer is None.
-    """
+    """Operations of one forward pass over one sample (C, *grid), by the model's own ``flops``; None without one."""
     declared: Callable[[tuple[int, ...]], int] | None = getattr(model, "flops", None)
-    if declared is not None:
-        return declared(sample_shape)
-    if not isinstance(model, Backbone):
-        return None
-    width, patch_size = model.config.hidden_size, model.config.patch_size
-    tokens = math.prod(sample_shape[1:]) // patch_size**2
-    patches = 2 * tokens * width * sample_shape[0] * patch_size**2
-    block = 8 * tokens * width**2 + 4 * tokens**2 * width + 6 * tokens * width * int(8 * width / 3)
-    vectors = {part: tokens if part == "decoder" else 1 for part in model.parts}
-    blocks = sum(len(indices) * (block + 12 * vectors[part] * width**2) for part, indices in model.parts.items())
-    final = 4 * list(vectors.values())[-1] * width**2 + patches
-    time_mlp = 2 * width * (model.time_embedder.frequency_dim + width)
-    return blocks + final + len(model.parts) * patches + time_mlp
+    return None if declared is None else declared(sample_shape)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,9 @@ class Trainer:
     Args:
         recipe: a :class:`Recipe`, the name of a shipped one, or a YAML file.
         out: the run folder; default ``runs/<recipe name>``.
-        init: a run or checkpoint folder whose weights to start from (fine-tuning); ignored when the run resumes.
-        init_weights: which of its weights: ``ema:k`` or ``raw``.
+        init: a run or checkpoint folder, or a model's state dict, whose weights to start from (fine-tuning); ignored
+            when the run resumes.
+        init_weights: which weights of a run: ``ema:k`` or ``raw``.
         device: ``cpu`` or ``cuda``; default: CUDA where there is any.
 
     Raises:
@@ -75,7 +76,7 @@ class Trainer:
         recipe: Recipe | str | Path,
         out: str | Path | None = None,
         *,
-        init: str | Path | None = None,
+        init: str | Path | Mapping[str, torch.Tensor] | None = None,
         init_weights: str = "ema:0",
         device: str | None = None,
     ) -> None:
@@ -161,6 +162,7 @@ class Trainer:
                             on_step(self.step)
                         if self.step == last:
                             break
+                self._save_adapter()
         return TrainResult(self.out, self.step, self.keeper.path, dict(self.metrics))
 
     def _prepare(self) -> None:
@@ -337,21 +339,32 @@ class Trainer:
             logger.info("resumed %s at step %d", self.out, self.step)
             return
         if self.init is not None:
-            self._initialise(Path(self.init))
+            self._initialise(self.init)
+        elif self.recipe.adapter is not None:
+            raise ValueError("init: an adapter needs a trained model to be added to; give --init")
         if self.processes.is_main:
             resolved = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False)
             (self.out / "recipe.yaml").write_text(resolved, encoding="utf-8")
 
-    def _initialise(self, source: Path) -> None:
-        inner = source / CHECKPOINTS
-        self.report = self.networks.initialise(str(inner if inner.is_dir() else source), self.init_weights)
+    def _initialise(self, source: str | Path | Mapping[str, torch.Tensor]) -> None:
+        told = "a state dict" if isinstance(source, Mapping) else str(source)
+        if not isinstance(source, Mapping):
+            inner = Path(source) / CHECKPOINTS
+            source = str(inner if inner.is_dir() else source)
+        self.report = self.networks.initialise(source, self.init_weights)
+        reinitialised = list(self.report.reinitialised)
         logger.info(
-            "initialised from %s (%s): %d tensors kept, re-initialised: %s, unused: %s",
-            source,
+            "initialised from %s (%s): %d tensors kept, re-initialised: %s, unused: %d",
+            told,
             self.init_weights,
             len(self.report.kept),
-            ", ".join(self.report.reinitialised) or "none",
+            ", ".join(reinitialised) or "none",
             len(self.report.unused),
         )
-        reinitialised = list(self.report.reinitialised)
-        self.watch.event("init", source=str(source), kept=len(self.report.kept), reinitialised=reinitialised)
+        self.watch.event("init", source=told, kept=len(self.report.kept), reinitialised=reinitialised)
+
+    def _save_adapter(self) -> None:
+        """The adapter alone, averaged, beside the checkpoints."""
+        if self.networks.adapter is not None and self.processes.is_main:
+            with self.networks.averaged():
+                self.networks.adapter.save(self.out / "adapter")
