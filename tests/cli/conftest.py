@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -28,16 +27,6 @@ def recipe_file(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("recipes") / "mine.yaml"
     file.write_text(yaml.safe_dump(data, sort_keys=False))
     return file
-
-
-@pytest.fixture(autouse=True)
-def console():
-    """Takes away the handler of a verb's console, which would go on writing into the test's captured stream."""
-    logger = logging.getLogger("untwine")
-    before = logger.handlers[:], logger.level
-    yield
-    logger.handlers[:] = before[0]
-    logger.setLevel(before[1])
 
 
 @pytest.fixture

@@ -52,12 +52,13 @@ def log_to_console() -> None:
     import logging
     import os
 
-    level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    class Console(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            print(self.format(record), file=sys.stderr)  # whatever standard error is by then
+
     logger = logging.getLogger("untwine")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level)
+    logger.handlers[:] = [Console()]
+    logger.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING)
 
 
 def show(title: str, rows: Mapping[str, Any]) -> None:
