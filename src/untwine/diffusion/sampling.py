@@ -94,7 +94,7 @@ def _itinerary(
     solver: Solver, grid: Tensor, refresh: Collection[int] | None, start: int, stop: int
 ) -> dict[tuple[int, int], StepInfo]:
     """What each evaluation (step, stage) is told; a refresh also hears which evaluations its state will serve."""
-    stops = [(i, stage, t) for i in range(start, stop) for stage, t in solver.evaluations(i, grid)]
+    stops = [(i, stage, t) for i in range(start, stop) for stage, t in solver.evaluations(i, grid, i == start)]
     fresh = []
     for k, (i, _, _) in enumerate(stops):
         opens_step = k == 0 or stops[k - 1][0] != i

@@ -36,8 +36,8 @@ class Solver:
         """What is remembered before the first step."""
         return None
 
-    def evaluations(self, i: int, grid: Tensor) -> tuple[tuple[int, float], ...]:
-        """(stage, t) of every network evaluation in step i, in order."""
+    def evaluations(self, i: int, grid: Tensor, first: bool) -> tuple[tuple[int, float], ...]:
+        """(stage, t) of every network evaluation in step i, in order; ``first``: nothing is remembered yet."""
         return ((0, float(grid[i])),)
 
     def step(
@@ -51,86 +51,68 @@ def _is_last(i: int, grid: Tensor) -> bool:
     return i == len(grid) - 2
 
 
-Rule = Literal["ode", "sde", "mean", "preserve"]
-
-
-def advance(
-    x: Tensor, prediction: Prediction | _Mean, dt: float, *, rule: Rule, weight: float, noise: Callable[[], Tensor]
-) -> Tensor:
-    """One Euler step of the reverse SDE ``dx = v dt - w s dt + sqrt(2 w) dW`` (SiT, arXiv 2401.08740, eq. 5).
-
-    s is the score and w >= 0 the diffusion weight. ``sde`` as written; ``mean`` without the noise; ``preserve`` with
-    half the drift and half the variance (a variant of the official DDT code); ``ode`` is w = 0.
-    """
-    stepped = x + prediction.velocity * dt
-    if rule == "ode":
-        return stepped
-    strength = (0.5 if rule == "preserve" else 1.0) * weight * abs(dt)
-    drifted = stepped + prediction.score * strength
-    return drifted if rule == "mean" else drifted + noise() * (2 * strength) ** 0.5
-
-
 @dataclass(frozen=True)
-class Euler(Solver):
-    """Euler's method on the ODE, or Euler-Maruyama on the SDE whose ``rule`` :func:`advance` lists. One evaluation."""
+class _OnSDE(Solver):
+    """Solvers of the reverse SDE ``dx = v dt - w s dt + sqrt(2 w) dW`` (SiT, arXiv 2401.08740, eq. 5), score s.
 
-    rule: Rule = "ode"
+    Rules: ``ode`` is w = 0; ``sde`` as written; ``mean`` without the noise; ``preserve`` with half the drift and half
+    the variance (a variant of the official DDT code).
+    """
+
+    rule: Literal["ode", "sde", "mean", "preserve"] = "ode"
     weight: Literal["sigma", "one"] = "sigma"
-    """the diffusion weight w(t)"""
-    last_rule: Rule = "ode"
+    """the diffusion weight w(t) >= 0"""
+    last_rule: Literal["ode", "sde", "mean", "preserve"] = "ode"
     """of the last step; the ODE's leaves no fresh noise in the result"""
 
     @property
     def stochastic(self) -> bool:
-        return _draws_noise(self.rule, self.last_rule)
+        return any(rule in ("sde", "preserve") for rule in (self.rule, self.last_rule))
 
-    def step(self, denoise, x, memory, i, grid, path, noise):
+    def _advance(
+        self, x: Tensor, prediction: Prediction | _Mean, i: int, grid: Tensor, path: Path, noise: Callable[[], Tensor]
+    ) -> Tensor:
+        """One Euler step by the rule of step i."""
         rule = self.last_rule if _is_last(i, grid) else self.rule
-        weight = diffusion_weight(self.weight, path, grid[i])
         dt = float(grid[i + 1] - grid[i])
-        return advance(x, denoise(x, grid[i], 0), dt, rule=rule, weight=weight, noise=lambda: noise(0)), memory
-
-
-def _draws_noise(*rules: Rule) -> bool:
-    return any(rule in ("sde", "preserve") for rule in rules)
-
-
-def diffusion_weight(kind: Literal["sigma", "one"], path: Path, t: Tensor) -> float:
-    """w(t) of the reverse SDE."""
-    return float(path.at(t).sigma) if kind == "sigma" else 1.0
+        stepped = x + prediction.velocity * dt
+        if rule == "ode":
+            return stepped
+        weight = float(path.at(grid[i]).sigma) if self.weight == "sigma" else 1.0
+        strength = (0.5 if rule == "preserve" else 1.0) * weight * abs(dt)
+        drifted = stepped + prediction.score * strength
+        return drifted if rule == "mean" else drifted + noise() * (2 * strength) ** 0.5
 
 
 @dataclass(frozen=True)
-class Heun(Solver):
-    """The trapezoid rule with an Euler predictor, on the ODE or on an SDE rule; the last step is Euler's.
+class Euler(_OnSDE):
+    """Euler's method on the ODE, or Euler-Maruyama on the SDE: order 1, one evaluation a step."""
+
+    def step(self, denoise, x, memory, i, grid, path, noise):
+        return self._advance(x, denoise(x, grid[i], 0), i, grid, path, lambda: noise(0)), memory
+
+
+@dataclass(frozen=True)
+class Heun(_OnSDE):
+    """The trapezoid rule with an Euler predictor, on the ODE or the SDE; the last step is Euler's.
 
     ``reuse=False`` evaluates twice a step (order 2). ``reuse=True`` predicts with the previous step's corrector
     evaluation, one evaluation a step after the first, as the official DDT code does by default.
     """
 
     reuse: bool = False
-    rule: Rule = "ode"
-    weight: Literal["sigma", "one"] = "sigma"
-    last_rule: Rule = "ode"
 
-    @property
-    def stochastic(self) -> bool:
-        return _draws_noise(self.rule, self.last_rule)
-
-    def evaluations(self, i: int, grid: Tensor) -> tuple[tuple[int, float], ...]:
-        first = ((0, float(grid[i])),) if i == 0 or not self.reuse else ()
-        return first if _is_last(i, grid) else (*first, (1, float(grid[i + 1])))
+    def evaluations(self, i: int, grid: Tensor, first: bool) -> tuple[tuple[int, float], ...]:
+        predictor = ((0, float(grid[i])),) if first or not self.reuse else ()
+        return predictor if _is_last(i, grid) else (*predictor, (1, float(grid[i + 1])))
 
     def step(self, denoise, x, memory, i, grid, path, noise):
-        dt = float(grid[i + 1] - grid[i])
-        weight = diffusion_weight(self.weight, path, grid[i])
         before = denoise(x, grid[i], 0) if memory is None or not self.reuse else memory
+        guess = self._advance(x, before, i, grid, path, lambda: noise(0))
         if _is_last(i, grid):
-            return advance(x, before, dt, rule=self.last_rule, weight=weight, noise=lambda: noise(0)), None
-        guess = advance(x, before, dt, rule=self.rule, weight=weight, noise=lambda: noise(0))
+            return guess, None
         after = denoise(guess, grid[i + 1], 1)
-        both = _Mean(before, after)
-        return advance(x, both, dt, rule=self.rule, weight=weight, noise=lambda: noise(1)), after
+        return self._advance(x, _Mean(before, after), i, grid, path, lambda: noise(1)), after
 
 
 @dataclass(frozen=True)
