@@ -32,7 +32,7 @@ class ConvertOptions:
     """new or empty folder; it appears complete or not at all"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the written weights"""
-    weights: Annotated[str, arg(metavar="ema:K|raw")] = "ema:0"
+    weights: Annotated[str, arg(metavar="ema:K|raw|posthoc:SIGMA")] = "ema:0"
     """which weights of a run"""
     system: Literal["ddt"] = "ddt"
     """whose official weights"""

@@ -31,8 +31,8 @@ class SampleOptions:
     """images computed at once; changes speed and memory only"""
     solver: Annotated[str | None, arg(metavar="NAME")] = None
     """euler, heun, adams_bashforth, ddim, ddpm; its options are flags such as --solver.order 3"""
-    weights: Annotated[str, arg(metavar="ema:K|raw")] = "ema:0"
-    """which weights of a run folder"""
+    weights: Annotated[str, arg(metavar="ema:K|raw|posthoc:SIGMA")] = "ema:0"
+    """which weights of a run folder; posthoc puts an average together from snapshots (train.ema_snapshots_every)"""
     adapter: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """a LoRA for the model, as `untwine train` leaves it in RUN/adapter or peft saves it"""
     adapter_scale: float = 1.0
