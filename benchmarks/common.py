@@ -46,26 +46,29 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """The commit of the checkout, marked where the tree has changes."""
+def _commit() -> str:
+    """The commit of the checkout, marked where code (not results or text) has changed since."""
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
+        head, changes = (
+            subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (
+                ["rev-parse", "--short", "HEAD"],
+                ["status", "--porcelain", "src", "tests", "benchmarks", ":!benchmarks/results"],
+            )
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return described.stdout.strip()
+    return f"{head}-dirty" if changes else head
+
+
+COMMIT = _commit()  # of what was imported, whatever happens to the checkout while it runs
 
 
 def save(name: str, values: dict[str, Any]) -> Path:
     """Writes ``benchmarks/results/<name>.json`` and prints it."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    record = {"benchmark": name, "commit": commit(), "hardware": hardware(), **values}
+    record = {"benchmark": name, "commit": COMMIT, "hardware": hardware(), **values}
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=2))
     return path
