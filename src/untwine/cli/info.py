@@ -16,6 +16,7 @@ HOME = Path(__file__).resolve().parent.parent
 TABLES = (
     "untwine.models:MODELS",
     "untwine.codecs:CODECS",
+    "untwine.adapters:ADAPTERS",
     "untwine.data:DATASETS",
     "untwine.diffusion:PATHS",
     "untwine.diffusion:TIME_DRAWS",
