@@ -1,9 +1,11 @@
-"""DDT against the improved DiT on handwritten digits: equal blocks, width, data, draws and steps.
+"""DDT against the improved DiT: equal blocks, width, data, draws and steps.
 
-    python benchmarks/ddt_vs_dit.py --steps 700 --seeds 3
+    python benchmarks/ddt_vs_dit.py                                     digits, 6 blocks of width 48: minutes
+    python benchmarks/ddt_vs_dit.py --data fashion --work out/fashion   Fashion-MNIST, 8 blocks of width 128: hours
 
-Both have 6 blocks of width 48 (DDT: 4 encoder, 2 decoder) and see the same noise and times. The number compared is the
-held-out loss of the averaged weights on fixed (image, t, noise) triples, and the training loss of the last 100 steps.
+Both see the same samples, noise and times. Compared is the held-out loss of the averaged weights on fixed
+(image, t, noise) triples, at every validation, against steps, training FLOPs and seconds. With ``--work`` the runs are
+kept, and the same command continues them.
 """
 
 from __future__ import annotations
@@ -18,59 +20,84 @@ from common import save
 
 from untwine.training.metering import read_log
 from untwine.training.recipe import Recipe
+from untwine.training.speed import TRAINING
 from untwine.training.trainer import Trainer
 
-MODELS: dict[str, dict[str, Any]] = {
-    "ddt": {"kind": "ddt", "hidden_size": 48, "depth": 6, "encoder_depth": 4, "num_heads": 4},
-    "improved_dit": {"kind": "improved_dit", "hidden_size": 48, "depth": 6, "num_heads": 4},
+DATA: dict[str, dict[str, Any]] = {
+    "digits": {"data": {"kind": "digits"}, "width": 48, "depth": 6, "encoder": 4, "patch": 2, "held_out": 360},
+    "fashion": {"data": {"kind": "fashion"}, "width": 128, "depth": 8, "encoder": 6, "patch": 4, "held_out": 1000},
 }
+STEPS = {"digits": 700, "fashion": 5000}
 
 
-def train(model: dict[str, Any], seed: int, steps: int, folder: Path) -> dict[str, float]:
-    recipe = Recipe.from_dict(
+def recipe(name: str, plan: dict[str, Any], seed: int, steps: int) -> Recipe:
+    split = {"encoder_depth": plan["encoder"]} if name == "ddt" else {}
+    shape = {"hidden_size": plan["width"], "depth": plan["depth"], "num_heads": 4, "patch_size": plan["patch"]}
+    return Recipe.from_dict(
         {
-            "name": "ddt-vs-dit",
+            "name": f"{name}-{seed}",
             "seed": seed,
-            "data": {"kind": "digits"},
-            "model": model,
+            "data": plan["data"],
+            "model": {"kind": name, **shape, **split},
             "optimizer": {"kind": "adamw", "lr": 1e-3},
             "ema": [{"kind": "constant", "decay": 0.995, "warmup": True}],
             "train": {
                 "num_steps": steps,
                 "batch_size": 64,
-                "validation": 360,
+                "validation": plan["held_out"],
                 "log_every": 100,
-                "validate_every": steps,
-                "save_every": steps,
+                "validate_every": max(100, steps // 10),
+                "save_every": max(100, steps // 20),
             },
         }
     )
-    trainer = Trainer(recipe, folder)
-    result = trainer.fit()
+
+
+def train(name: str, plan: dict[str, Any], seed: int, steps: int, folder: Path) -> dict[str, Any]:
+    trainer = Trainer(recipe(name, plan, seed, steps), folder)
+    trainer.fit()
+    model: Any = trainer.networks.model
+    step_flops = TRAINING * 64 * model.flops(trainer.latent_shape)
+    training, validation = (read_log(folder / "log.jsonl", kind) for kind in ("train", "validation"))
+    seconds_per_step = 64 / statistics.median(line["images_per_second"] for line in training)
     return {
-        "parameters": sum(p.numel() for p in trainer.networks.model.parameters()),
-        "validation_loss": result.metrics["validation_loss"],
-        "training_loss": read_log(folder / "log.jsonl", "train")[-1]["loss"],
-        "seconds": result.metrics["seconds"],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "validation_loss": validation[-1]["loss"],
+        "training_loss": training[-1]["loss"],
+        "curve": [
+            {
+                "step": line["step"],
+                "gflops": round(line["step"] * step_flops / 1e9),
+                "seconds": round(line["step"] * seconds_per_step, 1),
+                "validation_loss": line["loss"],
+            }
+            for line in validation
+        ],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--data", choices=sorted(DATA), default="digits")
+    parser.add_argument("--steps", type=int, help="default: 700 on digits, 5000 on Fashion-MNIST")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, help="keep the runs here, and continue them")
     options = parser.parse_args()
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in MODELS}
-    with tempfile.TemporaryDirectory(prefix="untwine-") as work:
+    steps, plan = options.steps or STEPS[options.data], DATA[options.data]
+    runs: dict[str, list[dict[str, Any]]] = {"ddt": [], "improved_dit": []}
+    with tempfile.TemporaryDirectory(prefix="untwine-") as temporary:
+        work = options.work or Path(temporary)
         for seed in range(options.seeds):
-            for name, model in MODELS.items():
-                runs[name].append(train(model, seed, options.steps, Path(work) / f"{name}-{seed}"))
+            for name, found in runs.items():
+                found.append(train(name, plan, seed, steps, work / f"{name}-{seed}"))
     means = {
         name: {key: statistics.mean(run[key] for run in found) for key in ("validation_loss", "training_loss")}
         for name, found in runs.items()
     }
     ratio = {key: means["ddt"][key] / means["improved_dit"][key] for key in means["ddt"]}
-    save("ddt_vs_dit", {"settings": vars(options), "runs": runs, "means": means, "ddt_over_dit": ratio})
+    settings = {**plan, "steps": steps, "seeds": options.seeds}
+    result = {"settings": settings, "runs": runs, "means": means, "ddt_over_dit": ratio}
+    save("ddt_vs_dit" if options.data == "digits" else f"ddt_vs_dit_{options.data}", result)
 
 
 if __name__ == "__main__":

@@ -85,15 +85,16 @@ def reliability() -> list[str]:
 
 def comparison() -> list[str]:
     result = _result("ddt_vs_dit")
-    means, runs = result["means"], result["runs"]
+    settings, means, runs = result["settings"], result["means"], result["runs"]
     return [
-        f"| 6 blocks of width 48 on digits, {result['settings']['steps']} steps, {result['settings']['seeds']} seeds | "
+        f"| {settings['depth']} blocks of width {settings['width']} on {settings['data']['kind']}, "
+        f"{settings['steps']} steps, {settings['seeds']} seeds | "
         "parameters | held-out loss | training loss |",
         "|---|---|---|---|",
         *(
             f"| {name} | {runs[key][0]['parameters']:,} | {means[key]['validation_loss']:.4f} | "
             f"{means[key]['training_loss']:.4f} |"
-            for name, key in (("DDT (4 encoder, 2 decoder)", "ddt"), ("improved DiT", "improved_dit"))
+            for name, key in (("DDT", "ddt"), ("improved DiT", "improved_dit"))
         ),
         "",
         "At this size the two are equal within the spread of seeds. "
