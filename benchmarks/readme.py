@@ -66,6 +66,20 @@ def sampling() -> list[str]:
     ]
 
 
+def faults() -> list[str]:
+    result = _result("faults")
+    return [
+        "| fault | runs | go on bitwise | most steps lost |",
+        "|---|---|---|---|",
+        *(
+            f"| {row['fault']} | {row['runs']} | {row.get('recovered_bitwise', '-')} | {row['steps_lost']} |"
+            for row in result["rows"]
+        ),
+        "",
+        f"A checkpoint every {result['save_every']} steps. " + _source(result, "python benchmarks/faults.py"),
+    ]
+
+
 def reliability() -> list[str]:
     killed, imports = _result("kill_resume"), _result("imports")
     seconds = imports["seconds"]
@@ -97,13 +111,13 @@ def comparison() -> list[str]:
             for name, key in (("DDT", "ddt"), ("improved DiT", "improved_dit"))
         ),
         "",
-        "At this size the two are equal within the spread of seeds. "
+        "Means over seeds; every run and its curve is in `benchmarks/results/ddt_vs_dit.json`. "
         + _source(result, "python benchmarks/ddt_vs_dit.py"),
     ]
 
 
 def figures() -> str:
-    return "\n\n".join("\n".join(part()) for part in (demo, sampling, reliability, comparison))
+    return "\n\n".join("\n".join(part()) for part in (demo, sampling, reliability, faults, comparison))
 
 
 def render(text: str) -> str:
