@@ -72,7 +72,8 @@ def faults() -> list[str]:
         "| fault | runs | go on bitwise | most steps lost |",
         "|---|---|---|---|",
         *(
-            f"| {row['fault']} | {row['runs']} | {row.get('recovered_bitwise', '-')} | {row['steps_lost']} |"
+            f"| {row['fault']} | {row['runs']} | {row.get('recovered_bitwise', 'stops, state untouched')} | "
+            f"{row['steps_lost']} |"
             for row in result["rows"]
         ),
         "",

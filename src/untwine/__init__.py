@@ -1,4 +1,4 @@
-"""untwine: diffusion transformers trained, sampled, controlled, accelerated, compressed and evaluated from one core.
+"""untwine: diffusion transformers trained, fine-tuned and sampled from one core.
 
 Importing this package imports neither torch nor diffusers; names resolve when they are first used.
 """
