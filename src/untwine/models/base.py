@@ -200,7 +200,7 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         height, width = (size // self.config.patch_size for size in x.shape[2:])
         positions = image_positions(height, width, device=x.device)
         rope = rope_tables(positions, self.config.hidden_size // self.config.num_heads)
-        return Context(rope, mask_of_samples(attention_mask, len(x), height * width))
+        return Context(rope, mask_of_samples(attention_mask, len(x), self.config.num_heads, height * width))
 
     def _run(
         self,
@@ -225,19 +225,21 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         return x, taps
 
 
-def mask_of_samples(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
-    """A mask (N, N) or (B, N, N) as attention takes it, (1 or B, 1, N, N).
+def mask_of_samples(mask: Tensor | None, batch: int, heads: int, tokens: int) -> Tensor | None:
+    """A mask (N, N), (B, N, N) or (1 or B, 1 or H, N, N) as attention takes it, in four dimensions.
 
-    Four dimensions always: a square mask of as many rows as there are samples would pass for a padding mask.
+    Always four: a square mask of as many rows as there are samples would pass for a padding mask.
 
     Raises:
         ValueError: for another shape or dtype.
     """
     if mask is None:
         return None
-    if mask.dtype != torch.bool or mask.shape not in ((tokens, tokens), (batch, tokens, tokens)):
+    n = tokens
+    full = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (n, n)
+    if mask.dtype != torch.bool or not (full or mask.shape in ((n, n), (batch, n, n))):
         raise ValueError(
-            f"attention_mask must be bool of shape ({tokens}, {tokens}) or ({batch}, {tokens}, {tokens}), "
+            f"attention_mask must be bool of shape ({n}, {n}), ({batch}, {n}, {n}) or ({batch}, {heads}, {n}, {n}), "
             f"True = attend, got {mask.dtype} {tuple(mask.shape)}"
         )
-    return mask.reshape(-1, 1, tokens, tokens)
+    return mask if full else mask.reshape(-1, 1, n, n)

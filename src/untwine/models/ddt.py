@@ -99,7 +99,7 @@ class DDT(Backbone):
             x: (B, C, H, W), H and W divisible by the patch size.
             t: (B,) in [0, 1], 0 = data, or (B, N) per token.
             condition: labels (B,), or nothing when the model has no classes.
-            attention_mask: (N, N) or (B, N, N) bool, True = attend; the decoder never masks.
+            attention_mask: (N, N), (B, N, N) or (B, H, N, N) bool, True = attend; the decoder never masks.
             features: encoder sites (``blocks.i``) to carry along in the state.
         """
         self._check_sample(x)

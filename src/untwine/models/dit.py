@@ -66,7 +66,7 @@ class ImprovedDiT(Backbone):
             x: (B, C, H, W), H and W divisible by the patch size.
             t: (B,) in [0, 1], 0 = data, or (B, N) per token.
             condition: labels (B,), or nothing when the model has no classes.
-            attention_mask: (N, N) or (B, N, N) bool, True = attend, for all blocks; or one entry a block, where None
+            attention_mask: (N, N), (B, N, N) or (B, H, N, N) bool, True = attend, for all blocks; or one a block, where None
                 or a missing entry masks nothing.
             features: sites (``blocks.i``) to return.
         """
@@ -86,4 +86,5 @@ class ImprovedDiT(Backbone):
             raise ValueError(f"attention_mask has {len(masks)} entries for {depth} blocks; give at most one a block")
         shared, tokens = self._context(x), x.shape[2] * x.shape[3] // self.config.patch_size**2
         padded = (*masks, *[None] * (depth - len(masks)))
-        return [replace(shared, mask=mask_of_samples(mask, len(x), tokens)) for mask in padded]
+        heads = self.config.num_heads
+        return [replace(shared, mask=mask_of_samples(mask, len(x), heads, tokens)) for mask in padded]
