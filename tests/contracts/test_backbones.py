@@ -79,7 +79,7 @@ def test_mask_of_as_many_rows_as_samples_is_not_a_padding_mask(name):
     torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-5)
     assert not torch.allclose(together, model(x, t, condition).sample, atol=1e-4)
     per_sample = model(x, t, condition, attention_mask=mask.expand(6, 6, 6)).sample
-    per_head = model(x, t, condition, attention_mask=mask.expand(6, 2, 6, 6)).sample
+    per_head = model(x, t, condition, attention_mask=mask.expand(6, 4, 6, 6)).sample
     torch.testing.assert_close(per_sample, together, rtol=0, atol=1e-6)
     torch.testing.assert_close(per_head, together, rtol=0, atol=1e-6)
     assert "attention_mask" in refusal(lambda: model(x, t, condition, attention_mask=mask[:5]))

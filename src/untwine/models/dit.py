@@ -66,8 +66,8 @@ class ImprovedDiT(Backbone):
             x: (B, C, H, W), H and W divisible by the patch size.
             t: (B,) in [0, 1], 0 = data, or (B, N) per token.
             condition: labels (B,), or nothing when the model has no classes.
-            attention_mask: (N, N), (B, N, N) or (B, H, N, N) bool, True = attend, for all blocks; or one a block, where None
-                or a missing entry masks nothing.
+            attention_mask: (N, N), (B, N, N) or (B, H, N, N) bool, True = attend, for all blocks; or one a block,
+                where None or a missing entry masks nothing.
             features: sites (``blocks.i``) to return.
         """
         self._check_sample(x)
