@@ -43,6 +43,21 @@ def demo() -> list[str]:
     ]
 
 
+def fashion() -> list[str]:
+    result = _result("fashion")
+    checks = result["checks"]
+    return [
+        f"| `ddt-fashion`, {checks['images']} samples | measured | asked |",
+        "|---|---|---|",
+        f"| recognised by a classifier of real images (itself {checks['classifier_accuracy']:.1%} right) | "
+        f"{checks['recognised']:.1%} | 90 % |",
+        f"| within-class distance over that of real images | {checks['diversity']:.2f} | 0.8 |",
+        f"| distance to the nearest training image over that of test images | {checks['novelty']:.2f} | 0.8 |",
+        "",
+        _source(result, "python benchmarks/fashion_report.py --record"),
+    ]
+
+
 def sampling() -> list[str]:
     result = _result("sampling_paths")
     settings = result["settings"]
@@ -118,7 +133,7 @@ def comparison() -> list[str]:
 
 
 def figures() -> str:
-    return "\n\n".join("\n".join(part()) for part in (demo, sampling, reliability, faults, comparison))
+    return "\n\n".join("\n".join(part()) for part in (demo, fashion, sampling, reliability, faults, comparison))
 
 
 def render(text: str) -> str:
