@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -66,6 +67,17 @@ def test_make_targets_exist():
 def test_pictures_exist():
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT):
         assert (ROOT / path).is_file(), path
+
+
+def test_pictures_are_those_of_the_commands_below_them(somewhere):
+    """The samples that the command under a picture draws are those in it, up to rounding."""
+    shown = re.findall(r"!\[[^\]]*\]\((\S+)\)\n\n\*`(untwine sample [^`]+)`", TEXT)
+    assert [Path(path).stem for path, _ in shown] == ["ddt-digits", "ddt-fashion"]
+    for path, command in shown:
+        assert main([*shlex.split(command)[1:], "--out", "drawn", "--no-pictures"]) == 0
+        drawn, picture = (np.asarray(Image.open(file), float) for file in ("drawn/grid.png", ROOT / path))
+        assert drawn.shape == picture.shape
+        assert np.abs(drawn - picture).mean() < 1, path
 
 
 def test_figures_are_those_of_the_results():
