@@ -26,18 +26,24 @@ def _source(result: dict[str, Any], script: str) -> str:
     return f"`{script}`, commit `{result['commit']}`, {m['cpu']}, {m['threads']} threads, torch {m['torch']}"
 
 
+def _judged(checks: dict[str, Any], real: str, unseen: str, share: str) -> list[str]:
+    """Rows of a table ``| what | measured | asked |`` on recognition and copies."""
+    return [
+        f"| recognised by a classifier of real {real} (itself {checks['classifier_accuracy']:.1%} right) | "
+        f"{checks['recognised']:.1%} | {share} |",
+        f"| within-class distance over that of real {real} | {checks['diversity']:.2f} | 0.8 |",
+        f"| distance to the nearest training image over that of {unseen} ones | {checks['novelty']:.2f} | 0.8 |",
+    ]
+
+
 def demo() -> list[str]:
     result = _result("demo")
-    checks = result["checks"]
     return [
         "| `make demo` | measured | asked |",
         "|---|---|---|",
         f"| running time, {result['steps']} training steps and 500 samples | {result['total_seconds']:.0f} s | 360 s |",
         f"| training | {result['training_seconds']:.0f} s | about 120 s |",
-        f"| recognised by a classifier of real digits (itself {checks['classifier_accuracy']:.1%} right) | "
-        f"{checks['recognised']:.1%} | 95 % |",
-        f"| within-class distance over that of real digits | {checks['diversity']:.2f} | 0.8 |",
-        f"| distance to the nearest training image over that of held-out ones | {checks['novelty']:.2f} | 0.8 |",
+        *_judged(result["checks"], "digits", "held-out", "95 %"),
         "",
         _source(result, "python benchmarks/demo.py --record"),
     ]
@@ -45,14 +51,10 @@ def demo() -> list[str]:
 
 def fashion() -> list[str]:
     result = _result("fashion")
-    checks = result["checks"]
     return [
-        f"| `ddt-fashion`, {checks['images']} samples | measured | asked |",
+        f"| `ddt-fashion`, {result['checks']['images']} samples | measured | asked |",
         "|---|---|---|",
-        f"| recognised by a classifier of real images (itself {checks['classifier_accuracy']:.1%} right) | "
-        f"{checks['recognised']:.1%} | 90 % |",
-        f"| within-class distance over that of real images | {checks['diversity']:.2f} | 0.8 |",
-        f"| distance to the nearest training image over that of test images | {checks['novelty']:.2f} | 0.8 |",
+        *_judged(result["checks"], "images", "test", "90 %"),
         "",
         _source(result, "python benchmarks/fashion_report.py --record"),
     ]
