@@ -4,8 +4,9 @@
     python benchmarks/ddt_vs_dit.py --data fashion --work out/fashion   Fashion-MNIST, 8 blocks of width 128: hours
 
 Both see the same samples, noise and times. Compared is the held-out loss of the averaged weights on fixed
-(image, t, noise) triples, at every validation, against steps, training FLOPs and seconds. With ``--work`` the runs are
-kept, and the same command continues them.
+(image, t, noise) triples, at every validation, against steps, training FLOPs and seconds: the seconds are those of a
+step timed in turn after the runs, on a machine that does nothing else. With ``--work`` the runs are kept, and the same
+command continues them.
 """
 
 from __future__ import annotations
@@ -13,19 +14,30 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import save
+import torch
+from common import paired, save
 
+from untwine.contracts import Condition
 from untwine.training.metering import read_log
 from untwine.training.recipe import Recipe
 from untwine.training.speed import TRAINING
 from untwine.training.trainer import Trainer
 
 DATA: dict[str, dict[str, Any]] = {
-    "digits": {"data": {"kind": "digits"}, "width": 48, "depth": 6, "encoder": 4, "patch": 2, "held_out": 360},
-    "fashion": {"data": {"kind": "fashion"}, "width": 128, "depth": 8, "encoder": 6, "patch": 4, "held_out": 1000},
+    "digits": {
+        "data": {"kind": "digits"},
+        **{"width": 48, "depth": 6, "encoder": 4, "patch": 2},
+        **{"held_out": 360, "batch": 64, "parallel": {}},
+    },
+    "fashion": {
+        "data": {"kind": "fashion"},
+        **{"width": 128, "depth": 8, "encoder": 6, "patch": 4},
+        **{"held_out": 1000, "batch": 32, "parallel": {"compile": True, "param_dtype": "bfloat16"}},
+    },
 }
 STEPS = {"digits": 700, "fashion": 5000}
 
@@ -43,7 +55,8 @@ def recipe(name: str, plan: dict[str, Any], seed: int, steps: int) -> Recipe:
             "ema": [{"kind": "constant", "decay": 0.995, "warmup": True}],
             "train": {
                 "num_steps": steps,
-                "batch_size": 64,
+                "batch_size": plan["batch"],
+                "parallel": plan["parallel"],
                 "validation": plan["held_out"],
                 "log_every": 100,
                 "validate_every": max(100, steps // 10),
@@ -57,9 +70,8 @@ def train(name: str, plan: dict[str, Any], seed: int, steps: int, folder: Path) 
     trainer = Trainer(recipe(name, plan, seed, steps), folder)
     trainer.fit()
     model: Any = trainer.networks.model
-    step_flops = TRAINING * 64 * model.flops(trainer.latent_shape)
+    step_flops = TRAINING * plan["batch"] * model.flops(trainer.latent_shape)
     training, validation = (read_log(folder / "log.jsonl", kind) for kind in ("train", "validation"))
-    seconds_per_step = 64 / statistics.median(line["images_per_second"] for line in training)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "validation_loss": validation[-1]["loss"],
@@ -68,12 +80,34 @@ def train(name: str, plan: dict[str, Any], seed: int, steps: int, folder: Path) 
             {
                 "step": line["step"],
                 "gflops": round(line["step"] * step_flops / 1e9),
-                "seconds": round(line["step"] * seconds_per_step, 1),
                 "validation_loss": line["loss"],
             }
             for line in validation
         ],
     }
+
+
+def training_step(name: str, plan: dict[str, Any], folder: Path) -> Callable[[], None]:
+    """Forward, backward and update of a fresh network on a fixed batch."""
+    trainer = Trainer(recipe(name, plan, 0, 1), folder)
+    networks, batch = trainer.networks, plan["batch"]
+    x, t, labels = torch.randn(batch, *trainer.latent_shape), torch.rand(batch), torch.arange(batch) % 10
+
+    def step() -> None:
+        networks.zero_grad()
+        with networks.forward_precision():
+            prediction = networks.model(x, t, Condition(labels=labels)).sample
+        (prediction.float() - x).square().mean().backward()
+        networks.update("model", 0)
+
+    return step
+
+
+def with_seconds(runs: dict[str, list[dict[str, Any]]], seconds: dict[str, dict[str, float]]) -> None:
+    """Adds to every point of every curve how long its steps take by the interleaved timing."""
+    for name, found in runs.items():
+        for point in (point for run in found for point in run["curve"]):
+            point["seconds"] = round(point["step"] * seconds[name]["median"], 1)
 
 
 def main() -> None:
@@ -90,13 +124,15 @@ def main() -> None:
         for seed in range(options.seeds):
             for name, found in runs.items():
                 found.append(train(name, plan, seed, steps, work / f"{name}-{seed}"))
+        seconds = paired({name: training_step(name, plan, work / "timing") for name in runs}, repeats=15, warmup=3)
+    with_seconds(runs, seconds)
     means = {
         name: {key: statistics.mean(run[key] for run in found) for key in ("validation_loss", "training_loss")}
         for name, found in runs.items()
     }
     ratio = {key: means["ddt"][key] / means["improved_dit"][key] for key in means["ddt"]}
     settings = {**plan, "steps": steps, "seeds": options.seeds}
-    result = {"settings": settings, "runs": runs, "means": means, "ddt_over_dit": ratio}
+    result = {"settings": settings, "runs": runs, "means": means, "ddt_over_dit": ratio, "step_seconds": seconds}
     save("ddt_vs_dit" if options.data == "digits" else f"ddt_vs_dit_{options.data}", result)
 
 

@@ -25,6 +25,9 @@ COMMANDS = (
     ("data encode", "### data encode"),
     ("data emoji", "### data emoji"),
     ("convert", "## convert"),
+    ("evaluate", "## evaluate"),
+    ("accelerate", "## accelerate"),
+    ("plan", "## plan"),
     ("info", "## info"),
 )
 

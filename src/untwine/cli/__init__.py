@@ -11,8 +11,11 @@ import untwine
 VERBS = {
     "train": "train a recipe, or continue its run",
     "sample": "draw images from a checkpoint into a folder",
+    "accelerate": "choose when a decoupled model runs its encoder, and write a plan",
     "data": "prepare data: the emoji pictures, or a cache of the latents of a recipe",
     "convert": "turn official weights, or a run, into a pipeline folder that loads anywhere",
+    "evaluate": "compare samples, or those of a checkpoint, with real pictures: FD, KID, precision, copies",
+    "plan": "say what a recipe needs in memory, arithmetic and time on given devices",
     "info": "what there is: models, recipes, solvers, checkpoints; or one of them in detail",
 }
 _USAGE = """usage: untwine VERB ...
@@ -27,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one verb; the exit status is 0, 2 for a user's error, 130 for an interruption."""
     args = sys.argv[1:] if argv is None else list(argv)
     if not args or args[0] in ("-h", "--help", "help"):
-        print(_USAGE.format(verbs="\n".join(f"  {verb:<8} {text}" for verb, text in VERBS.items())))
+        print(_USAGE.format(verbs="\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())))
         return 0
     if args[0] in ("-V", "--version"):
         print(f"untwine {untwine.__version__}")

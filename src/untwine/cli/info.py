@@ -16,6 +16,7 @@ HOME = Path(__file__).resolve().parent.parent
 TABLES = (
     "untwine.models:MODELS",
     "untwine.codecs:CODECS",
+    "untwine.encoders:ENCODERS",
     "untwine.adapters:ADAPTERS",
     "untwine.data:DATASETS",
     "untwine.diffusion:PATHS",
@@ -23,6 +24,8 @@ TABLES = (
     "untwine.diffusion:SOLVERS",
     "untwine.training.objectives:OBJECTIVES",
     "untwine.training.objectives:TERMS",
+    "untwine.acceleration.caching:SCHEDULES",
+    "untwine.acceleration.caching:PREDICTORS",
 )
 
 

@@ -31,6 +31,8 @@ class SampleOptions:
     """images computed at once; changes speed and memory only"""
     solver: Annotated[str | None, arg(metavar="NAME")] = None
     """euler, heun, adams_bashforth, ddim, ddpm; its options are flags such as --solver.order 3"""
+    plan: Annotated[Path | None, arg(metavar="FILE")] = None
+    """sharing plan of `untwine accelerate`; brings the sampler's settings"""
     weights: Annotated[str, arg(metavar="ema:K|raw|posthoc:SIGMA")] = "ema:0"
     """which weights of a run folder; posthoc puts an average together from snapshots (train.ema_snapshots_every)"""
     adapter: Annotated[Path | None, arg(metavar="FOLDER")] = None
@@ -45,7 +47,7 @@ class SampleOptions:
 
 
 ALSO = """The sampler's settings are flags as well, and default to those of the checkpoint: --num-inference-steps 50
---guidance-scale 2.0 --guidance-interval 0 0.7 --shift 1.0 --refresh-every 4 ...
+--guidance-scale 2.0 --guidance-interval 0 0.7 --shift 1.0 --refresh-every 4 --forecast-order 2 ...
 untwine sample CHECKPOINT --help lists them all."""
 
 
@@ -55,6 +57,7 @@ def run(args: list[str]) -> int:
 
     import torch
 
+    from untwine.acceleration.sharing.plan import SharingPlan
     from untwine.config import apply_flags, from_dict, to_dict
     from untwine.diffusion import SOLVERS
     from untwine.diffusion.sampling import Sampling
@@ -69,7 +72,9 @@ def run(args: list[str]) -> int:
         from untwine.adapters.lora import load_lora
 
         load_lora(pipe.model, options.adapter).set_scale(options.adapter_scale)
-    settings = to_dict(pipe.sampling) | ({"solver": options.solver} if options.solver else {})
+    plan = None if options.plan is None else SharingPlan.load(options.plan)
+    settings = to_dict(pipe.sampling if plan is None else plan.sampling)
+    settings |= {"solver": options.solver} if options.solver else {}
     settings = apply_flags(Sampling, settings, rest, prog=f"untwine sample {options.checkpoint}")
     folder = prepare_folder(options.out)
     samples = sample(
@@ -80,6 +85,7 @@ def run(args: list[str]) -> int:
         batch_size=options.batch_size,
         size=options.size,
         sampling=from_dict(Sampling, settings, "sampling"),
+        plan=plan,
         on_batch=lambda done: _progress(done, options.count),
     )
     save_samples(samples, folder, pictures=options.pictures)

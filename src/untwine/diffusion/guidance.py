@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from untwine.contracts import Condition, EncoderState, Output, Prediction, StepInfo, cat
+from untwine.diffusion.forecast import Forecast
 from untwine.diffusion.paths import Path
 
 Weights = Callable[[StepInfo, float], Mapping[str, float]]
@@ -74,6 +75,9 @@ class _Shared:
 
     names: tuple[str, ...]
     state: EncoderState
+    forecast: Forecast | None = None
+    """of what ``extrapolated`` names in the state"""
+    extrapolated: str = "modulations"
 
 
 class Guided:
@@ -82,26 +86,48 @@ class Guided:
     Holds the encoder states of decoupled backbones between refreshes, for the branches that have a weight before the
     next refresh. One object serves one generation, so nothing outlives it.
 
+    What the decoder is given on a reused step is the state of the last refresh, or with ``order`` >= 1 a forecast from
+    the last ``order + 1``. Modulations are what is extrapolated, and beyond the budget the state's tokens, which for
+    modulations that are affine in the tokens is the same. (A backbone with a nonlinear map in between returns that
+    map's result as its tokens.)
+
     Args:
         branches: name -> branch; branches of the same network share a call.
         weights: a pure function; see :data:`Weights`.
         modulation_budget: bytes that cached decoder modulations may take (:meth:`modulate` of the backbone); they are
             cached only for states that are used more than once. 0 turns it off.
+        order: degree of the polynomial in time that forecasts, 0-3; 0 = reuse as it is.
+        retime: mix the current time into the reused state (with ``order`` >= 1: into the extrapolated ``hidden``).
+        coordinate: the variable of that polynomial as a function of t, strictly monotonic.
     """
 
     def __init__(
-        self, branches: Mapping[str, Branch], weights: Weights, *, path: Path, modulation_budget: int = 2**30
+        self,
+        branches: Mapping[str, Branch],
+        weights: Weights,
+        *,
+        path: Path,
+        modulation_budget: int = 2**30,
+        order: int = 0,
+        retime: bool = False,
+        coordinate: Callable[[float], float] = float,
     ) -> None:
         if not branches:
             raise ValueError("branches must name at least one branch")
+        check_order(order)
         self.branches = dict(branches)
         self.weights = weights
         self.path = path
         self.modulation_budget = modulation_budget
+        self.order, self.retime, self.coordinate = order, retime, coordinate
         self.num_evaluations = 0
         """samples sent through a network, counted per branch"""
         self.num_refreshes = 0
         """encoder passes, counted per branch"""
+        self.num_modulations = 0
+        """times that the decoder's modulations were computed from a state, counted per branch"""
+        self.cache_bytes = 0
+        """the most that states, modulations and histories took between two calls"""
         self._shared: dict[int, _Shared] = {}
         self._conditions: dict[tuple[str, ...], Condition] = {}
 
@@ -137,28 +163,64 @@ class Guided:
     def _run(self, model: Any, names: tuple[str, ...], x: Tensor, t: float, at: StepInfo) -> Output:
         self.num_evaluations += len(names)
         if not getattr(model, "decoupled", False):
+            _announce(model, at, names)
             return model(*self._inputs(names, x, t))
         if at.refresh:
             self._refresh(model, names, x, t, at)
-        shared = self._shared[id(model)]
+        state = self._state(self._shared[id(model)], names, x.shape[0], t, at)
+        if self.retime and not at.refresh:
+            given = {"retime": torch.full((len(names) * x.shape[0],), t, dtype=torch.float32, device=x.device)}
+        else:
+            given = {}
+        self.num_modulations += len(names) * (state.modulations is None)
+        _announce(model, at, names)
+        return model.decode(torch.cat([x] * len(names)), state, **given)
+
+    def _state(self, shared: _Shared, names: tuple[str, ...], size: int, t: float, at: StepInfo) -> EncoderState:
+        """What the decoder of the branches ``names`` is given."""
         first = shared.names.index(names[0])
         if shared.names[first : first + len(names)] != names:
             raise ValueError(f"branches {names} of one network must be neighbours in {shared.names}")
         state = shared.state
         if names != shared.names:
-            size = x.shape[0]
             state = state.select(slice(first * size, (first + len(names)) * size))
-        return model.decode(torch.cat([x] * len(names)), state)
+        if shared.forecast is None or at.refresh:
+            return state
+        found = tuple(v.to(state.tokens.dtype) for v in shared.forecast.at(names, self.coordinate(t)))
+        return replace(state, **{shared.extrapolated: found if shared.extrapolated == "modulations" else found[0]})
 
     def _refresh(self, model: Any, names: tuple[str, ...], x: Tensor, t: float, at: StepInfo) -> None:
         served = [replace(at, step=s, stage=g) for s, g, _ in at.ahead]
         needed = set(names).union(*(self._active(info, time) for info, (_, _, time) in zip(served, at.ahead)))
         names = tuple(n for n, b in self.branches.items() if n in needed and b.model is model)
+        _announce(model, at, names)
         state = model.encode(*self._inputs(names, x, t))
-        if len(at.ahead) > 1 and model.modulation_bytes(state) <= self.modulation_budget:
-            state = model.modulate(state)
         self.num_refreshes += len(names)
-        self._shared[id(model)] = _Shared(names, state)
+        kept = self._kept(model, names, state, is_reused=len(at.ahead) > 1)
+        if kept == "modulations":
+            state = model.modulate(state)
+            self.num_modulations += len(names)
+        shared = _Shared(names, state)
+        if self.order:
+            before = self._shared.get(id(model))
+            forecast = before.forecast if before is not None and before.forecast is not None else Forecast(self.order)
+            values = getattr(state, kept)
+            forecast.add(names, self.coordinate(t), values if kept == "modulations" else (values,))
+            shared.forecast, shared.extrapolated = forecast, kept
+        self._shared[id(model)] = shared
+        self.cache_bytes = max(self.cache_bytes, sum(_nbytes(s) for s in self._shared.values()))
+
+    def _kept(self, model: Any, names: tuple[str, ...], state: EncoderState, *, is_reused: bool) -> str:
+        """The part of a state that the steps after it are given: ``modulations`` where they are worth their memory."""
+        if self.retime:
+            return "hidden"
+        if not (self.order or is_reused):
+            return "tokens"
+        needed = model.modulation_bytes(state)
+        if self.order:  # one answer for the whole generation: as if all branches were there
+            branches = sum(branch.model is model for branch in self.branches.values())
+            needed *= branches / len(names) * (1 + (self.order + 2) * 4 / state.tokens.element_size())
+        return "modulations" if needed <= self.modulation_budget else "tokens"
 
     def _inputs(self, names: tuple[str, ...], x: Tensor, t: float) -> tuple[Tensor, Tensor, Condition]:
         if names not in self._conditions:
@@ -166,3 +228,21 @@ class Guided:
         rows = x.shape[0] * len(names)
         times = torch.full((rows,), t, dtype=torch.float32, device=x.device)
         return torch.cat([x] * len(names)), times, self._conditions[names]
+
+
+def check_order(order: int) -> None:
+    """Raises ValueError unless ``order`` is an integer within [0, 3]."""
+    if isinstance(order, bool) or order not in (0, 1, 2, 3):
+        raise ValueError(f"order must be 0 (reuse), 1, 2 or 3, got {order!r}; higher orders amplify rounding")
+
+
+def _announce(model: Any, at: StepInfo, names: tuple[str, ...]) -> None:
+    """Tells what is attached to the model which branches the next call stacks along the batch."""
+    for attachment in getattr(model, "attached", ()):
+        attachment.before_step(at, names)
+
+
+def _nbytes(shared: _Shared) -> int:
+    state, forecast = shared.state, shared.forecast
+    held = sum(x.nbytes for x in (state.tokens, state.hidden, *(state.modulations or ())))
+    return held + (0 if forecast is None else forecast.nbytes)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from untwine.contracts import Condition, Prediction, StepInfo
 from untwine.diffusion.draws import Draws
-from untwine.diffusion.guidance import Branch, Guided, Interval, classifier_free
+from untwine.diffusion.guidance import Branch, Guided, Interval, check_order, classifier_free
 from untwine.diffusion.paths import LinearPath, Path
 from untwine.diffusion.solvers import Euler, Solver
 from untwine.diffusion.timesteps import TimeGrid, discrete_grid
@@ -120,6 +122,14 @@ class Sampling:
     last_step: float | None = None
     refresh_every: int = 1
     """recompute the encoder state of a decoupled backbone every so many steps"""
+    refresh: tuple[int, ...] | None = None
+    """the steps at which to recompute it, the first among them; instead of refresh_every"""
+    forecast_order: int = 0
+    """between recomputations, extrapolate from the last ones by a polynomial of this degree, 0-3; 0 = reuse the last"""
+    forecast_in: Literal["time", "step"] = "time"
+    """variable of the polynomial; with uneven times (shift, last_step) the two differ"""
+    retime: bool = False
+    """between recomputations, mix the current time into the state anew"""
     modulation_budget_mib: int = 1024
     """memory that cached decoder modulations may take"""
 
@@ -133,6 +143,15 @@ class Sampling:
                 f"refresh_every must be within [1, num_inference_steps = {self.num_inference_steps}], "
                 f"got {self.refresh_every}"
             )
+        _check_refresh(self.refresh, 0, self.num_inference_steps)
+        check_order(self.forecast_order)
+
+    @property
+    def refresh_steps(self) -> tuple[int, ...] | None:
+        """The steps at which the encoder state is recomputed; None = at every evaluation."""
+        if self.refresh is None and self.refresh_every > 1:
+            return tuple(range(0, self.num_inference_steps, self.refresh_every))
+        return self.refresh
 
     def grid(self, path: Path) -> Tensor:
         """The times: a chain of discrete levels is respaced, anything else walks :class:`TimeGrid`."""
@@ -140,6 +159,13 @@ class Sampling:
         if num_timesteps is not None:
             return discrete_grid(num_timesteps, self.num_inference_steps)
         return TimeGrid(self.num_inference_steps, self.shift, self.last_step).times()
+
+    def coordinate(self, grid: Tensor) -> Callable[[float], float]:
+        """What forecasts are polynomials in: t itself, or the position of t on the falling ``grid``."""
+        if self.forecast_in == "time":
+            return float
+        progress = (-grid).numpy()
+        return lambda t: float(np.interp(-t, progress, np.arange(len(progress))))
 
     def weights(self, *, conditional: bool) -> Callable[[StepInfo, float], dict[str, float]]:
         interval = None if self.guidance_interval is None else Interval(*self.guidance_interval)
@@ -167,27 +193,58 @@ def sample(
     """
     sampling, path = sampling or Sampling(), path or LinearPath()
     grid = sampling.grid(path)
-    if refresh is None and sampling.refresh_every > 1:
-        refresh = range(0, sampling.num_inference_steps, sampling.refresh_every)
+    refresh = sampling.refresh_steps if refresh is None else refresh
     if refresh is not None and not model.decoupled:
         raise ValueError(
             f"refresh: {type(model).__name__} has no encoder state to share between steps; leave refresh and "
             "refresh_every at their defaults, or use a decoupled backbone such as ddt"
         )
-    conditional = bool(model.accepts)
-    branches = {"cond": Branch(model, condition.to(device))}
-    if conditional:
-        branches["null"] = Branch(model, model.null(condition.to(device)))
-    guided = Guided(
-        branches,
-        sampling.weights(conditional=conditional),
-        path=path,
-        modulation_budget=sampling.modulation_budget_mib * 2**20,
-    )
-    x = draws.normal("sample", shape, index, device=device)
+    if refresh is None and (sampling.forecast_order or sampling.retime):
+        raise ValueError(
+            "forecast_order and retime act between refreshes, and here every step is one; set refresh_every or refresh"
+        )
+    guided = guided_by(sampling, model, condition.to(device), grid, path)
+    x, noise = noises(draws, shape, index, device=device)
+    with _fresh_attachments(model):
+        x = integrate(sampling.solver, guided, x, grid, path=path, noise=noise, refresh=refresh, on_step=on_step)
+    return x, guided
+
+
+def noises(
+    draws: Draws, shape: tuple[int, ...], index: Tensor, *, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Callable[[StepInfo], Tensor]]:
+    """The initial noise (B, *shape) of the images ``index``, and that of each step and stage."""
 
     def step_noise(at: StepInfo) -> Tensor:
         return draws.normal(f"sample/{at.step}/{at.stage}", shape, index, device=device)
 
-    x = integrate(sampling.solver, guided, x, grid, path=path, noise=step_noise, refresh=refresh, on_step=on_step)
-    return x, guided
+    return draws.normal("sample", shape, index, device=device), step_noise
+
+
+def guided_by(sampling: Sampling, model: Any, condition: Condition, grid: Tensor, path: Path) -> Guided:
+    """The denoiser that ``sampling`` asks for."""
+    branches = {"cond": Branch(model, condition)}
+    if model.accepts:
+        branches["null"] = Branch(model, model.null(condition))
+    return Guided(
+        branches,
+        sampling.weights(conditional=bool(model.accepts)),
+        path=path,
+        modulation_budget=sampling.modulation_budget_mib * 2**20,
+        order=sampling.forecast_order,
+        retime=sampling.retime,
+        coordinate=sampling.coordinate(grid),
+    )
+
+
+@contextmanager
+def _fresh_attachments(model: Any) -> Iterator[None]:
+    """Whatever is attached to the model starts from nothing and leaves nothing, however sampling ends."""
+    attached = tuple(getattr(model, "attached", ()))
+    try:
+        for attachment in attached:
+            attachment.reset()
+        yield
+    finally:
+        for attachment in attached:
+            attachment.reset()

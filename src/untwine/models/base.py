@@ -41,6 +41,8 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """parts whose condition differs from token to token"""
     fsdp_methods: tuple[str, ...] = ()
     """methods beside ``forward`` to pass to ``register_fsdp_forward_method``"""
+    attached: Sequence[Any] = ()
+    """what listens to the sampling steps, see :mod:`untwine.acceleration.base`; no part of the weights or the config"""
     _scale_in_float32 = False
     SIZES: ClassVar[Mapping[str, Mapping[str, int]]]
     _official_prefixes: ClassVar[Mapping[str, str]]
@@ -125,22 +127,36 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
                 found[f"blocks.{i}.mlp"] = Site("mlp", part, i)
         return {**found, "final_layer": Site("head", list(self.parts)[-1], 0)}
 
-    def flops(self, sample_shape: tuple[int, ...]) -> int:
-        """Floating point operations of one forward pass over one sample (C, H, W), multiply and add counted as two.
+    def site_flops(self, num_tokens: int) -> dict[str, int]:
+        """Floating point operations behind each site for one sample, multiply and add counted as two.
 
-        Of matrix products and attention, for N tokens of width d and a SwiGLU of width f: a block makes
-        ``8 N d^2 + 4 N^2 d + 6 N d f``, its modulation ``12 d^2`` per modulated vector: 1, or N where each token has
-        its own.
+        Of matrix products and attention, for N tokens of width d and a SwiGLU of width f: attention makes
+        ``8 N d^2 + 4 N^2 d``, the MLP ``6 N d f``, a block both and its modulation of ``12 d^2`` per modulated vector:
+        1, or N where each token has its own.
         """
-        width, patch_size = self.config.hidden_size, self.config.patch_size
-        tokens = math.prod(sample_shape[1:]) // patch_size**2
-        patches = 2 * tokens * width * sample_shape[0] * patch_size**2
-        block = 8 * tokens * width**2 + 4 * tokens**2 * width + 6 * tokens * width * int(8 * width / 3)
-        vectors = {part: tokens if part in self.modulated_per_token else 1 for part in self.parts}
-        blocks = sum(len(indices) * (block + 12 * vectors[part] * width**2) for part, indices in self.parts.items())
-        final = 4 * list(vectors.values())[-1] * width**2 + patches
+        n, width = num_tokens, self.config.hidden_size
+        attention = 8 * n * width**2 + 4 * n**2 * width
+        mlp = 6 * n * width * int(8 * width / 3)
+        found: dict[str, int] = {}
+        for name, site in self.sites().items():
+            vectors = n if site.part in self.modulated_per_token else 1
+            block = attention + mlp + 12 * vectors * width**2
+            final = 4 * vectors * width**2 + self._patch_flops(n)
+            costs = {"attention": attention, "mlp": mlp, "block": block, "head": final}
+            found[name] = costs.get(site.kind, 0)
+        return found
+
+    def flops(self, sample_shape: tuple[int, ...]) -> int:
+        """Floating point operations of one forward pass over one sample (C, H, W); see :meth:`site_flops`."""
+        num_tokens = math.prod(sample_shape[1:]) // self.config.patch_size**2
+        sites, width = self.site_flops(num_tokens), self.config.hidden_size
+        trunk = sum(sites[name] for name, site in self.sites().items() if site.kind in ("block", "head"))
         time_mlp = 2 * width * (self.time_embedder.frequency_dim + width)
-        return blocks + final + len(self.parts) * patches + time_mlp
+        return trunk + len(self.parts) * self._patch_flops(num_tokens) + time_mlp
+
+    def _patch_flops(self, num_tokens: int) -> int:
+        """Of the projection of the tokens to patches, or back."""
+        return 2 * num_tokens * self.config.hidden_size * self.config.in_channels * self.config.patch_size**2
 
     def null(self, condition: Condition, keys: Iterable[str] | None = None) -> Condition:
         """``condition`` with the named entries (all by default) replaced by what the model has learned as nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path as FilePath
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import untwine
+from untwine.acceleration.sharing.plan import SharingPlan, as_plan
 from untwine.codecs.base import Codec
 from untwine.config import from_dict
 from untwine.contracts import Condition, StepInfo, check_labels
@@ -47,6 +49,7 @@ class ImagePipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "model"
+    model: Any
 
     def __init__(
         self,
@@ -109,6 +112,7 @@ class ImagePipeline(DiffusionPipeline):
         sampling: Sampling | None = None,
         size: tuple[int, int] | None = None,
         refresh: Sequence[int] | None = None,
+        plan: SharingPlan | str | FilePath | None = None,
         on_step: Callable[[StepInfo, Tensor], bool | None] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draws images; image k is a function of (seed, first_image + k, label, settings), whatever the batch.
@@ -125,15 +129,16 @@ class ImagePipeline(DiffusionPipeline):
             sampling: all settings at once.
             size: (height, width) in pixels, where it differs from the training size.
             refresh: steps at which a decoupled backbone recomputes its encoder state.
+            plan: a sharing plan or its file, which brings all settings; those given must be the ones it was made for.
             on_step: hears each step; returning False cancels.
 
         Raises:
             ValueError: for labels, sizes, seeds or settings out of range, before anything is computed.
         """
         self._check_output(output_type)
-        settings = sampling or self.sampling
         changes = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
-        settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
+        changes = {name: value for name, value in changes.items() if value is not None}
+        settings = self.settings(sampling, plan, refresh=refresh, **changes)
         index, condition = self._request(class_labels, num_images, first_image)
         latents, guided = sample(
             self.model,
@@ -143,13 +148,32 @@ class ImagePipeline(DiffusionPipeline):
             draws=_draws(generator, seed, len(index)),
             sampling=settings,
             path=self.path,
-            refresh=refresh,
             on_step=on_step,
             device=self._execution_device,
         )
         self.last_run = {"network_evaluations": guided.num_evaluations, "encoder_passes": guided.num_refreshes}
         images = latents if output_type == "latent" else self.to_images(latents, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]
+
+    def settings(
+        self,
+        sampling: Sampling | None = None,
+        plan: SharingPlan | str | FilePath | None = None,
+        *,
+        refresh: Sequence[int] | None = None,
+        **changes: Any,
+    ) -> Sampling:
+        """The settings that a call with these arguments would have.
+
+        Raises:
+            ValueError: for a plan that was made for another sampler or other weights, or given beside ``refresh``.
+        """
+        if refresh is not None and plan is not None:
+            raise ValueError("give refresh or plan, not both: a plan names the steps itself")
+        if plan is not None:
+            return as_plan(plan).settings(self.model, sampling, **changes)
+        chosen = {} if refresh is None else {"refresh": tuple(refresh)}
+        return replace(sampling or self.sampling, **chosen, **changes)
 
     def to_images(self, latents: Tensor, output_type: OutputType = "pil") -> Any:
         """Decoded and rounded to 8 bits, in the requested form."""

@@ -7,13 +7,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from untwine.acceleration.sharing.plan import SharingPlan
 from untwine.config import to_dict
 from untwine.contracts import check_labels
 from untwine.diffusion.sampling import Sampling
@@ -234,6 +235,7 @@ def sample(
     batch_size: int = 64,
     size: tuple[int, int] | None = None,
     sampling: Sampling | None = None,
+    plan: SharingPlan | str | Path | None = None,
     on_batch: Callable[[int], None] | None = None,
     **changes: Any,
 ) -> Samples:
@@ -244,6 +246,7 @@ def sample(
         labels: one per image, or fewer, repeated in turn.
         size: (height, width) in pixels, where it differs from the training size.
         sampling: all settings; ``changes`` are single fields of it, such as ``guidance_scale=2.0``.
+        plan: a sharing plan or its file (``untwine accelerate``), which brings all settings.
         on_batch: hears how many images are done.
 
     Raises:
@@ -255,7 +258,7 @@ def sample(
     if labels is not None and not len(labels):
         raise ValueError("labels must name at least one class, got none; leave them out to draw all classes in turn")
     pipe = source if isinstance(source, ImagePipeline) else load(source)
-    settings = replace(sampling or pipe.sampling, **changes)
+    settings = pipe.settings(sampling, plan, **changes)
     if labels is None and pipe.num_classes:
         labels = range(pipe.num_classes)
     elif labels is not None and pipe.num_classes:

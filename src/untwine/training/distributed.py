@@ -132,6 +132,8 @@ def parallelize(model: nn.Module, plan: ParallelConfig, processes: Distributed) 
         ValueError: for a plan that the model or the number of processes cannot follow.
     """
     strategy = resolve_strategy(plan, model, processes)
+    if strategy != "none" and not dist.is_initialized():
+        raise ValueError(f"strategy {strategy!r} needs a process group: launch with torchrun, or use 'auto'")
     blocks = _blocks(model)
     if plan.checkpointing:
         enable: Callable[[], None] | None = getattr(model, "enable_gradient_checkpointing", None)
@@ -154,8 +156,6 @@ def parallelize(model: nn.Module, plan: ParallelConfig, processes: Distributed) 
 def resolve_strategy(plan: ParallelConfig, model: nn.Module, processes: Distributed) -> Strategy:
     """The strategy that ``plan`` means for this model and these processes."""
     if plan.strategy != "auto":
-        if plan.strategy != "none" and not dist.is_initialized():
-            raise ValueError(f"strategy {plan.strategy!r} needs a process group: launch with torchrun, or use 'auto'")
         if plan.strategy == "none" and processes.world_size > 1:
             raise ValueError(f"strategy 'none' would train {processes.world_size} unrelated models; use 'auto'")
         return plan.strategy

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,12 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def _moved(module: Any, device: torch.device) -> Any:
+    """``module`` on ``device``; left alone where it is there, since tensors without memory cannot be moved."""
+    tensors = (*module.parameters(), *module.buffers())
+    return module if all(t.device == device for t in tensors) else module.to(device)
+
+
 class Networks:
     """Builds, parallelises, optimises and averages; :meth:`tensors` is everything that a checkpoint must hold.
 
@@ -47,7 +54,7 @@ class Networks:
         self.recipe, self.processes = recipe, processes
         self.roles = {"model": Role(), **objective.networks()}
         self.modules = {name: self._build(role.init or build_model) for name, role in self.roles.items()}
-        self.objective = objective.to(processes.device)
+        self.objective = _moved(objective, processes.device)
         self.adapter: Attached | None = None
         self._parallelize()
         self.optimizers = {name: self._optimizer(name) for name, role in self.roles.items() if role.trainable}
@@ -65,7 +72,7 @@ class Networks:
 
     def _build(self, init: Callable[[], nn.Module]) -> nn.Module:
         with seeded(self.recipe.seed):
-            return init().to(self.processes.device)
+            return _moved(init(), self.processes.device)
 
     def _parallelize(self) -> None:
         plan = self.recipe.train.parallel

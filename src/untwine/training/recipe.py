@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -113,6 +113,21 @@ class Recipe:
     def load(cls, source: str | Path) -> Recipe:
         """The recipe in a YAML file, or the shipped recipe of that name."""
         return cls.from_dict(load_yaml(find_recipe(source)))
+
+
+def fit_to_data(recipe: Recipe, dataset: Dataset, codec: Codec) -> Recipe:
+    """The recipe with the shape and classes of its data filled into the model, where it need not repeat them.
+
+    Raises:
+        ValueError: where the recipe says otherwise.
+    """
+    facts = {"in_channels": codec.latent_shape(dataset.sample_shape)[0], "num_classes": dataset.num_classes}
+    defaults = Component(recipe.model.registry, recipe.model.kind).to_dict()
+    for name, value in facts.items():
+        given = recipe.model.options.get(name, value)
+        if given not in (value, defaults.get(name)):
+            raise ValueError(f"recipe.model.{name} is {given}, but the data has {value}; leave it out or correct it")
+    return replace(recipe, model=recipe.model.replace(**facts))
 
 
 def find_recipe(source: str | Path) -> Path:

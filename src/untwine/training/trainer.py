@@ -11,7 +11,7 @@ import json
 import logging
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import torch
 import yaml
 from rich.console import Console
 
-from untwine.config import Component
 from untwine.contracts import Batch, Loss
 from untwine.data.base import Dataset
 from untwine.data.loading import Loader
@@ -34,7 +33,7 @@ from untwine.training.networks import Networks, seeded
 from untwine.training.nonfinite import TrainingDiverged, is_nonfinite, write_dump
 from untwine.training.posthoc import save_snapshot
 from untwine.training.preview import Preview
-from untwine.training.recipe import Recipe
+from untwine.training.recipe import Recipe, fit_to_data
 from untwine.training.saving import CHECKPOINTS, Keeper, prepare_folder
 from untwine.training.speed import Speed, flops
 from untwine.training.storage import LOCAL, Storage
@@ -92,27 +91,12 @@ class Trainer:
         self.training_set, self.held_out = self.dataset.split(self.recipe.train.validation, self.recipe.seed)
         with seeded(self.recipe.seed):
             self.objective = self.recipe.objective.build()
-        self.recipe = self._fit_to_data(self.recipe)
+        self.recipe = fit_to_data(self.recipe, self.dataset, self.codec)
         self.networks = Networks(self.recipe, self.objective, self.recipe.model.build, self.processes)
         self.storage: Storage = LOCAL
         self.step = 0
         """optimizer steps made"""
         self.metrics: dict[str, Any] = {}
-
-    def _fit_to_data(self, recipe: Recipe) -> Recipe:
-        """The recipe with the shape and classes of its data filled into the model, where it need not repeat them."""
-        facts = {
-            "in_channels": self.codec.latent_shape(self.dataset.sample_shape)[0],
-            "num_classes": self.dataset.num_classes,
-        }
-        defaults = Component(recipe.model.registry, recipe.model.kind).to_dict()
-        for name, value in facts.items():
-            given = recipe.model.options.get(name, value)
-            if given not in (value, defaults.get(name)):
-                raise ValueError(
-                    f"recipe.model.{name} is {given}, but the data has {value}; leave it out or correct it"
-                )
-        return replace(recipe, model=recipe.model.replace(**facts))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import AttentionModuleMixin
@@ -37,6 +38,8 @@ class AttentionProcessor:
         query, key, value = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)  # each (B, N, H, head_dim)
         query = rotate(attn.q_norm(query), context.rope)
         key = rotate(attn.k_norm(key), context.rope)
+        if self._attention_backend is None and self._parallel_config is None and _is_faster_as_products(query):
+            return attn.proj(_attention_as_products(query, key, value, context.mask).flatten(2))
         out = dispatch_attention_fn(
             query,
             key,
@@ -46,6 +49,24 @@ class AttentionProcessor:
             parallel_config=self._parallel_config,
         )
         return attn.proj(out.flatten(2))
+
+
+def _is_faster_as_products(query: Tensor) -> bool:
+    """On a CPU the fused kernel is no faster in bfloat16 than in float32; compiled matrix products are.
+
+    They keep (N, N) weights a head, so only up to 512 tokens.
+    """
+    short = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[1] <= 512
+    return short and torch.compiler.is_compiling()
+
+
+def _attention_as_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention of (B, N, H, head_dim) with the softmax in float32."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    scores = (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).float()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2)
 
 
 class Attention(nn.Module, AttentionModuleMixin):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> list[nn.Module]:
             f"{type(model).__name__} has no block to compile; name its block classes in `_repeated_blocks`, "
             f"got {getattr(model, '_repeated_blocks', None)!r}"
         )
-    options = {"fullgraph": True, **options}
+    options = {"fullgraph": True, **_room(), **options}
     for block in blocks:
         block._compiled_call_impl = _entry(block, torch.compile(block._call_impl, **options))
     return blocks
@@ -43,6 +44,11 @@ def decompile_blocks(model: nn.Module) -> None:
     """Runs the repeated blocks eagerly again."""
     for block in _repeated(model):
         block._compiled_call_impl = None
+
+
+def _room() -> dict[str, int]:
+    """All models of a process share the graphs of a block class, and eight is the default limit: two models' worth."""
+    return {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
 
 
 def _repeated(model: nn.Module) -> list[nn.Module]:
@@ -55,8 +61,10 @@ def _entry(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]
     """The call of a compiled block, with its inputs brought into the form that the graphs are specialised to."""
 
     def call(x: Tensor, condition: Tensor, context: Any, modulation: Tensor | None = None) -> Any:
-        if modulation is None and not torch.is_grad_enabled():
-            modulation = block.modulation(condition)  # type: ignore[operator]
+        if not torch.is_grad_enabled():
+            given: Tensor = block.modulation(condition) if modulation is None else modulation  # type: ignore[operator]
+            # A graph is bound to which inputs are views of others; detached, none is.
+            x, condition, modulation = x.detach(), condition.detach(), given.detach()
         for value in (x, condition, modulation):
             if value is not None:
                 mark_unbacked(value, 0, shape_id="batch")

@@ -1,0 +1,1 @@
+"""Distances between sets of pictures, by named protocols that travel with their results."""
