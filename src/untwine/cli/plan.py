@@ -89,7 +89,7 @@ def _rows(found: Any, options: PlanOptions) -> dict[str, str]:
         "optimizer, averages": f"{_size(found.optimizer)} + {_size(found.averages)} a device",
         "activations": f"{_size(found.activations)} for a micro-batch of {found.micro_batch}",
         "memory": f"{_size(found.memory)} a device{room}; work space of the kernels comes on top",
-        "arithmetic": f"{found.step_flops / 1e12:,.3f} TFLOP a step, {found.step_flops * found.num_steps / 1e15:,.1f} PFLOP",
+        "arithmetic": _work(found),
         "time": f"{1000 * found.step_seconds:,.1f} ms a step, {found.hours:,.2f} h for {found.num_steps} steps, "
         f"if {options.efficiency:.0%} of the peak is reached",
     }
@@ -97,3 +97,8 @@ def _rows(found: Any, options: PlanOptions) -> dict[str, str]:
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _work(found: Any) -> str:
+    total = found.step_flops * found.num_steps
+    return f"{found.step_flops / 1e12:,.3f} TFLOP a step, {total / 1e15:,.1f} PFLOP in all"

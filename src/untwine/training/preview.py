@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from untwine.codecs.base import Codec
 from untwine.contracts import Condition
@@ -21,8 +22,11 @@ from untwine.training.distributed import Distributed, reshard
 ROWS = 4
 
 
-class Preview:
-    """A sheet of samples: a column for each of up to ten classes, which come in turn.
+class Drawing:
+    """Draws images of a model in training; image k has the same noise and class each time.
+
+    Args:
+        option: of the recipe, that asks for them; named in errors.
 
     Raises:
         ValueError: where the samples are not pictures, or the objective has no ``path`` to sample along.
@@ -37,24 +41,21 @@ class Preview:
         *,
         seed: int,
         processes: Distributed,
+        option: str,
     ) -> None:
         channels = codec.decoded_shape(codec.latent_shape(dataset.sample_shape))[0]
         if path is None or channels not in (1, 3) or not codec.reconstructs:
             raise ValueError(
-                "train.sample_every needs an objective with a diffusion path and a codec that decodes to 1 or 3 "
+                f"{option} needs an objective with a diffusion path and a codec that decodes to 1 or 3 "
                 f"channels, got {'no path' if path is None else f'samples of {channels} channels'}; "
                 "leave it out"
             )
         self.dataset, self.codec, self.path, self.sampling, self.processes = dataset, codec, path, sampling, processes
         self.draws = Draws(seed)
-        self.columns = dataset.num_classes if 2 <= dataset.num_classes <= 10 else 8
 
     @torch.no_grad()
-    def draw(self, model: Any, precision: Callable[[], AbstractContextManager[Any]]) -> np.ndarray:
-        """The samples (N, H, W, C) uint8; collective, each process draws the same number of them."""
-        count = ROWS * self.columns
-        share = -(-count // self.processes.world_size)
-        index = torch.arange(share) * self.processes.world_size + self.processes.rank
+    def draw(self, model: Any, index: Tensor, precision: Callable[[], AbstractContextManager[Any]]) -> Tensor:
+        """The images ``index`` (B,) as (B, C, H, W) uint8; processes of a sharded model call it together."""
         condition = Condition(labels=index % self.dataset.num_classes) if model.accepts else Condition()
         shape = self.codec.latent_shape(self.dataset.sample_shape)
         training = model.training
@@ -74,7 +75,26 @@ class Preview:
         finally:
             model.train(training)
             reshard(model)
-        pixels = self.processes.gather(self.codec.to_pixels(latents))  # (ranks, share, C, H, W)
+        return self.codec.to_pixels(latents)
+
+    def share(self, count: int) -> Tensor:
+        """The images of this process out of ``count``; every process has as many, so that the last may be surplus."""
+        each = -(-count // self.processes.world_size)
+        return torch.arange(each) * self.processes.world_size + self.processes.rank
+
+
+class Preview:
+    """A sheet of samples: a column for each of up to ten classes, which come in turn."""
+
+    def __init__(self, drawing: Drawing) -> None:
+        self.drawing, num_classes = drawing, drawing.dataset.num_classes
+        self.columns = num_classes if 2 <= num_classes <= 10 else 8
+
+    def draw(self, model: Any, precision: Callable[[], AbstractContextManager[Any]]) -> np.ndarray:
+        """The samples (N, H, W, C) uint8; collective, each process draws the same number of them."""
+        count = ROWS * self.columns
+        pixels = self.drawing.draw(model, self.drawing.share(count), precision)
+        pixels = self.drawing.processes.gather(pixels)  # (ranks, share, C, H, W)
         return pixels.transpose(0, 1).flatten(0, 1)[:count].permute(0, 2, 3, 1).cpu().numpy()
 
     def sheet(self, images: np.ndarray) -> Image.Image:

@@ -16,6 +16,7 @@ from untwine.diffusion.sampling import Sampling
 from untwine.registry import did_you_mean
 from untwine.training.distributed import ParallelConfig
 from untwine.training.ema import ConstantEMA, EMAProfile
+from untwine.training.grading import EvaluationConfig
 from untwine.training.loggers import Logger
 from untwine.training.objectives.base import Objective
 from untwine.training.optim import AdamW, ConstantSchedule, OptimizerConfig, Schedule
@@ -51,6 +52,9 @@ class TrainConfig:
     """checkpoints kept, >= 2"""
     sample_every: int | None = None
     """draw samples/step-N.png from the first EMA, always of the same noise and classes; null = never"""
+    evaluate_every: int | None = None
+    """judge samples of the first EMA by ``evaluation``, against the training data; null = never"""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     ema_snapshots_every: int | None = None
     """save two averages for an EMA of any width after the run (training/posthoc.py); null = never"""
     loggers: tuple[Logger, ...] = ()
@@ -63,7 +67,7 @@ class TrainConfig:
         for name in ("num_steps", "batch_size", "accumulation", "log_every", "validate_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("sample_every", "ema_snapshots_every"):
+        for name in ("sample_every", "evaluate_every", "ema_snapshots_every"):
             if (every := getattr(self, name)) is not None and every < 1:
                 raise ValueError(f"{name} must be >= 1, or null for never, got {every}")
         if self.keep < 2:
@@ -156,6 +160,8 @@ FREE = (
     "train.save_every",
     "train.keep",
     "train.sample_every",
+    "train.evaluate_every",
+    "train.evaluation",
     "train.loggers",
     "train.deterministic",
     "train.parallel",

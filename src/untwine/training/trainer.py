@@ -27,12 +27,13 @@ from untwine.training import checkpoint
 from untwine.training.checkpoint import Report
 from untwine.training.control import Profiler, StopSignals, deterministic, leave
 from untwine.training.distributed import Distributed
+from untwine.training.grading import Grading
 from untwine.training.locking import lock
 from untwine.training.metering import LossMeter
 from untwine.training.networks import Networks, seeded
 from untwine.training.nonfinite import TrainingDiverged, is_nonfinite, write_dump
 from untwine.training.posthoc import save_snapshot
-from untwine.training.preview import Preview
+from untwine.training.preview import Drawing, Preview
 from untwine.training.recipe import Recipe, fit_to_data
 from untwine.training.saving import CHECKPOINTS, Keeper, prepare_folder
 from untwine.training.speed import Speed, flops
@@ -155,14 +156,19 @@ class Trainer:
         self.validation = Validation(
             self.held_out, self.codec, seed=seed, batch_size=max(train.batch_size, 256), processes=processes
         )
-        self.preview = None
-        if train.sample_every is not None:
-            path = getattr(self.objective, "path", None)
-            self.preview = Preview(self.dataset, self.codec, path, self.recipe.sampling, seed=seed, processes=processes)
+        self.preview = Preview(self._drawing("train.sample_every")) if train.sample_every is not None else None
+        self.grading = None
+        if train.evaluate_every is not None:
+            self.grading = Grading(train.evaluation, self._drawing("train.evaluate_every"))
         self.watch.open_loggers(self.step)
         self.meter = LossMeter(processes)
         dtype = getattr(torch, train.parallel.param_dtype)
         self.speed = Speed(processes, train.batch_size, flops(self.networks.model, self.latent_shape), dtype)
+
+    def _drawing(self, option: str) -> Drawing:
+        path, seed = getattr(self.objective, "path", None), self.recipe.seed
+        sampling, processes = self.recipe.sampling, self.processes
+        return Drawing(self.dataset, self.codec, path, sampling, seed=seed, processes=processes, option=option)
 
     def _batches(self, signals: StopSignals) -> Iterator[list[Batch]]:
         """The micro-batches of each update, until a signal ends the program."""
@@ -226,6 +232,7 @@ class Trainer:
         tasks = (
             (train.validate_every if len(self.validation) else None, self._validate),
             (train.sample_every, self._sample),
+            (train.evaluate_every, self._evaluate),
             (train.ema_snapshots_every, self._snapshot),
             (train.save_every, lambda: self._save(last=ends)),
         )
@@ -261,6 +268,12 @@ class Trainer:
                 logger.error("%s not written: %s", path, error)
             else:
                 self.watch.picture(self.step, "samples", path)
+
+    def _evaluate(self) -> None:
+        assert self.grading is not None
+        with self.networks.averaged() as weights:
+            values = self.grading.measure(self.networks.model, self.networks.forward_precision)
+        self.watch.evaluation(step=self.step, weights=weights, **values)
 
     def _snapshot(self) -> None:
         try:

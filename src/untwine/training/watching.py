@@ -94,6 +94,12 @@ class Watch:
         logger.info("step %d  validation loss %.4f (%s, %d triples)", *told)
         return self._write("validation", values)
 
+    def evaluation(self, **values: Any) -> dict[str, Any]:
+        """The numbers of an evaluation."""
+        told = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
+        logger.info("step %d  %s (%s)", values["step"], told, values["weights"])
+        return self._write("evaluation", values)
+
     def event(self, kind: str, **values: Any) -> None:
         """Anything else that belongs into ``log.jsonl``."""
         self.log.write(kind, **values)
