@@ -15,6 +15,7 @@ VERBS = {
     "data": "prepare data: the emoji pictures, or a cache of the latents of a recipe",
     "convert": "turn official weights, or a run, into a pipeline folder that loads anywhere",
     "evaluate": "compare samples, or those of a checkpoint, with real pictures: FD, KID, precision, copies",
+    "bench": "measure quality against steps or guidance, and draw losses and results",
     "plan": "say what a recipe needs in memory, arithmetic and time on given devices",
     "info": "what there is: models, recipes, solvers, checkpoints; or one of them in detail",
 }

@@ -69,7 +69,7 @@ def run(args: list[str]) -> int:
     if rest and not drawn:
         raise ValueError(f"unknown option {rest[0]}; the settings of a sampler are for a checkpoint, not for samples")
     pipe, settings = _load(options, rest, device) if drawn else (None, None)
-    reference = _reference(str(options.reference))
+    reference = reference_named(str(options.reference))
     encoder = protocol.build_encoder(**_encoder_options(protocol.encoder, options.encoder_weights))
     folder = prepare_folder(options.out)
     samples, facts = options.samples, {}
@@ -139,7 +139,7 @@ def _draw(pipe: Any, settings: Any, options: EvaluateOptions, count: int, folder
     return str(folder), {"checkpoint": options.samples, **{name: samples.report[name] for name in told}}
 
 
-def _reference(name: str) -> Any:
+def reference_named(name: str) -> Any:
     """The data of a recipe where ``name`` is one, else ``name`` itself."""
     from untwine.evaluation.references import Reference, from_dataset, open_reference
     from untwine.training.recipe import RECIPES, Recipe

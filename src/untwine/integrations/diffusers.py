@@ -133,7 +133,9 @@ def cache(
         predictor = Taylor(settings["order"])
         return Cache(CacheConfig(schedule=schedule, sites=tuple(sites), predictor=predictor)).attach(model)
     if given or tuple(sites) != ("sublayers",):
-        raise ValueError(f"config states sites, schedule and predictor by itself; give it without {[*given, 'sites']}")
+        raise ValueError(
+            "config states schedule, sites and predictor; give it without sites, interval, order or warmup"
+        )
     indicator = getattr(config.schedule, "indicator", None)
     return Cache(config).attach(ForeignModel(pipe, (*config.sites, *([indicator] if indicator else []))))
 
@@ -152,7 +154,7 @@ class ForeignModel:
             raise ValueError(f"pipe must be a pipeline with a transformer and a scheduler, got {type(pipe).__name__}")
         self.pipe = pipe
         self.modules: dict[str, nn.Module] = {name: getattr(pipe, name) for name in names}
-        self.family = _family(self.modules[names[0]], sites)
+        self.family, *_ = (_family(module, sites) for module in self.modules.values())
         self._prefixes = {"" if name == names[0] else f"{name}.": module for name, module in self.modules.items()}
         self._sites: dict[str, Site] = {}
         patterns = [site for site in sites if site not in UNITS]

@@ -1,4 +1,4 @@
-"""Pictures of a probe and of a comparison; matplotlib comes with the ``plot`` extra."""
+"""Pictures of a probe and of a comparison."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from untwine.plotting import figure
+
 
 def draw_similarity(similarity: Tensor, refresh: Sequence[int], path: Path) -> None:
     """A heat map (N, N) of how alike the encoder states of the steps are, with the segments that share one."""
-    figure, axes = _figure(1, size=(5.6, 4.8))
+    sheet, axes = figure(1, size=(5.6, 4.8))
     num_steps = len(similarity)
     ends = (-0.5, num_steps - 0.5)
     image = axes[0].imshow(similarity.numpy(), cmap="viridis", vmax=1.0, origin="lower", extent=(*ends, *ends))
@@ -20,13 +22,13 @@ def draw_similarity(similarity: Tensor, refresh: Sequence[int], path: Path) -> N
         axes[0].plot([low, high, high, low, low], [low, low, high, high, low], color="white", linewidth=1.2)
     axes[0].set(xlabel="solver step (0 = noise)", ylabel="solver step")
     axes[0].set_title(f"Encoder states of {num_steps} steps; boxes: the {len(refresh)} that share one", fontsize=10)
-    figure.colorbar(image, ax=axes[0], label="mean cosine similarity")
-    figure.savefig(path, dpi=140)
+    sheet.colorbar(image, ax=axes[0], label="mean cosine similarity")
+    sheet.savefig(path, dpi=140)
 
 
 def draw_front(rows: Mapping[str, Mapping[str, Any]], chosen: str, path: Path) -> None:
     """Drift against FLOPs and against wall time: one line for each ``series`` of the rows, a ring around the plan."""
-    figure, axes = _figure(2, size=(10.5, 4.6))
+    sheet, axes = figure(2, size=(10.5, 4.6))
     exact = rows["exact"]
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows.values():
@@ -44,16 +46,5 @@ def draw_front(rows: Mapping[str, Mapping[str, Any]], chosen: str, path: Path) -
         panel.set(yscale="log", xlabel=f"{label}, % of the exact run", ylabel="mean squared distance to exact latents")
         panel.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
-    figure.savefig(path, dpi=140)
-
-
-def _figure(panels: int, *, size: tuple[float, float]) -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install untwine[plot]") from error
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
+    sheet.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
+    sheet.savefig(path, dpi=140)
