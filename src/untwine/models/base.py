@@ -15,11 +15,11 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from untwine.contracts import Condition, PredictionKind, Site
-from untwine.models.layers.block import Block, Context, FinalLayer
-from untwine.models.layers.embeddings import LabelEmbedding, TimestepEmbedding
-from untwine.models.layers.official import infer_config, load_translated, translate_config
-from untwine.models.layers.rope import image_positions, rope_tables
+from untwine.contracts import Condition, Output, PredictionKind, Site
+from untwine.models.layers.block import Block, Context, FinalLayer, Style
+from untwine.models.layers.embeddings import LabelEmbedding, PatchEmbedding, TimestepEmbedding, unpatchify
+from untwine.models.layers.official import Dialect, load_translated
+from untwine.models.layers.rope import Rope, image_positions, rope_tables
 from untwine.registry import did_you_mean
 
 
@@ -43,10 +43,11 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """methods beside ``forward`` to pass to ``register_fsdp_forward_method``"""
     attached: Sequence[Any] = ()
     """what listens to the sampling steps, see :mod:`untwine.acceleration.base`; no part of the weights or the config"""
-    _scale_in_float32 = False
     SIZES: ClassVar[Mapping[str, Mapping[str, int]]]
-    _official_prefixes: ClassVar[Mapping[str, str]]
-    _official_arguments: ClassVar[Collection[str]]
+    dialects: ClassVar[tuple[Dialect, ...]] = ()
+    """the official code bases whose weights load"""
+    _width_divisor = 4
+    """of a head's width: rotary positions rotate pairs on two axes"""
 
     config: Any
     _gradient_checkpointing_func: Any
@@ -66,19 +67,27 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         Raises:
             ValueError: for an unknown argument, or weights that do not fit.
         """
-        model = cls(**translate_config(config, cls._official_arguments))
-        load_translated(model, state_dict, cls._official_prefixes)
+        dialect = cls.dialect_of(state_dict)
+        model = cls(**dialect.config(config, state_dict))
+        load_translated(model, state_dict, dialect)
         return model
 
     @classmethod
     def infer_official(cls, state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
         """The official constructor's arguments, read off the weights where ``given`` is silent."""
-        return infer_config(state_dict, given, cls.SIZES)
+        return cls.dialect_of(state_dict).infer(state_dict, given, cls.SIZES)
 
     @classmethod
     def is_official(cls, state_dict: Mapping[str, Tensor]) -> bool:
-        """Whether every embedder of the official network is among the weights."""
-        return all(any(name.startswith(prefix) for name in state_dict) for prefix in cls._official_prefixes)
+        """Whether these are official weights of this network, by the names that only it has."""
+        return any(dialect.is_of(state_dict) for dialect in cls.dialects)
+
+    @classmethod
+    def dialect_of(cls, state_dict: Mapping[str, Tensor]) -> Dialect:
+        """The code base that official weights come from; the first that is known where none fits."""
+        if not cls.dialects:
+            raise ValueError(f"{cls.__name__} has no official weights")
+        return next((dialect for dialect in cls.dialects if dialect.is_of(state_dict)), cls.dialects[0])
 
     def _add_trunk(self) -> None:
         """The modules that every backbone of this family has, from its registered config."""
@@ -88,22 +97,37 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
                 raise ValueError(f"{name} must be at least 1, got {c[name]}")
         if c.num_classes < 0:
             raise ValueError(f"num_classes must be 0 (unconditional) or more, got {c.num_classes}")
-        if c.hidden_size % (4 * c.num_heads):
-            raise ValueError(
-                f"hidden_size must be a multiple of 4 * num_heads = {4 * c.num_heads} (rotary positions rotate pairs "
-                f"on two axes), got {c.hidden_size}"
-            )
-        self.time_embedder = TimestepEmbedding(
-            c.hidden_size, scale=c.time_scale, origin=c.time_origin, max_period=c.time_max_period
-        )
+        self._check_width("hidden_size", c.hidden_size, "num_heads", c.num_heads)
+        self.time_embedder = self._time_embedder()
         self.label_embedder = LabelEmbedding(c.num_classes, c.hidden_size) if c.num_classes else None
         if not c.num_classes:
             self.accepts = frozenset()
-        self.blocks = nn.ModuleList(
-            Block(c.hidden_size, c.num_heads, scale_in_float32=self._scale_in_float32) for _ in range(c.depth)
-        )
-        self.final_layer = FinalLayer(c.hidden_size, c.in_channels * c.patch_size**2)
+        self.blocks = nn.ModuleList(self._block(i) for i in range(c.depth))
+        self.final_layer = self._final_layer(self.blocks[-1].hidden_size)  # type: ignore[arg-type]
         self.gradient_checkpointing = False
+
+    def _check_width(self, name: str, width: int, heads_name: str, heads: int) -> None:
+        divisor = self._width_divisor * heads
+        if width % divisor or width % 4:
+            raise ValueError(
+                f"{name} must be a multiple of {self._width_divisor} * {heads_name} = {divisor} and of 4 (positions "
+                f"take pairs on two axes), got {width}"
+            )
+
+    def _time_embedder(self) -> TimestepEmbedding:
+        c = self.config
+        return TimestepEmbedding(c.hidden_size, scale=c.time_scale, origin=c.time_origin, max_period=c.time_max_period)
+
+    def _block(self, index: int) -> Block:
+        return Block(self.config.hidden_size, self.config.num_heads, Style())
+
+    def _final_layer(self, hidden_size: int) -> FinalLayer:
+        return FinalLayer(hidden_size, self._num_outputs * self.config.patch_size**2)
+
+    @property
+    def _num_outputs(self) -> int:
+        """Channels that the network predicts."""
+        return self.config.in_channels
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as after construction; for models that were built on the meta device."""
@@ -111,6 +135,17 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         for module in reversed([m for m in self.modules() if m is not self]):
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """What a network draws otherwise than its layers do, called last."""
+
+    def _zero_modulations(self) -> None:
+        """Every block starts as the identity."""
+        for block in self.blocks:
+            if block.adaln is not None:
+                nn.init.zeros_(block.adaln.weight)  # type: ignore[union-attr,arg-type]
+                nn.init.zeros_(block.adaln.bias)  # type: ignore[union-attr,arg-type]
 
     @property
     def parts(self) -> dict[str, range]:
@@ -130,33 +165,36 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     def site_flops(self, num_tokens: int) -> dict[str, int]:
         """Floating point operations behind each site for one sample, multiply and add counted as two.
 
-        Of matrix products and attention, for N tokens of width d and a SwiGLU of width f: attention makes
-        ``8 N d^2 + 4 N^2 d``, the MLP ``6 N d f``, a block both and its modulation of ``12 d^2`` per modulated vector:
-        1, or N where each token has its own.
+        Of matrix products and attention, for N tokens: see :meth:`~untwine.models.layers.block.Block.flops`, under one
+        modulated vector, or N where each token has its own.
         """
-        n, width = num_tokens, self.config.hidden_size
-        attention = 8 * n * width**2 + 4 * n**2 * width
-        mlp = 6 * n * width * int(8 * width / 3)
         found: dict[str, int] = {}
         for name, site in self.sites().items():
+            n = self._num_tokens(site.part, num_tokens)
             vectors = n if site.part in self.modulated_per_token else 1
-            block = attention + mlp + 12 * vectors * width**2
-            final = 4 * vectors * width**2 + self._patch_flops(n)
-            costs = {"attention": attention, "mlp": mlp, "block": block, "head": final}
-            found[name] = costs.get(site.kind, 0)
+            if site.kind == "head":
+                found[name] = self.final_layer.flops(n, vectors)
+            else:
+                block: Any = self.blocks[site.index] if site.kind != "encoder" else None
+                found[name] = 0 if block is None else block.flops(n, vectors)[site.kind]
         return found
 
     def flops(self, sample_shape: tuple[int, ...]) -> int:
         """Floating point operations of one forward pass over one sample (C, H, W); see :meth:`site_flops`."""
         num_tokens = math.prod(sample_shape[1:]) // self.config.patch_size**2
-        sites, width = self.site_flops(num_tokens), self.config.hidden_size
+        sites = self.site_flops(num_tokens)
         trunk = sum(sites[name] for name, site in self.sites().items() if site.kind in ("block", "head"))
-        time_mlp = 2 * width * (self.time_embedder.frequency_dim + width)
-        return trunk + len(self.parts) * self._patch_flops(num_tokens) + time_mlp
+        width, patch = self.config.hidden_size, self.config.in_channels * self.config.patch_size**2
+        embedders = sum(2 * num_tokens * patch * self._part_width(part) for part in self.parts)
+        return trunk + embedders + 2 * width * (self.time_embedder.frequency_dim + width)
 
-    def _patch_flops(self, num_tokens: int) -> int:
-        """Of the projection of the tokens to patches, or back."""
-        return 2 * num_tokens * self.config.hidden_size * self.config.in_channels * self.config.patch_size**2
+    def _part_width(self, part: str) -> int:
+        block: Any = self.blocks[self.parts[part].start]
+        return block.hidden_size
+
+    def _num_tokens(self, part: str, num_tokens: int) -> int:
+        """Length of a part's sequence for a sample of ``num_tokens`` patches."""
+        return num_tokens
 
     def null(self, condition: Condition, keys: Iterable[str] | None = None) -> Condition:
         """``condition`` with the named entries (all by default) replaced by what the model has learned as nothing."""
@@ -204,19 +242,34 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         tokens = x.shape[2] * x.shape[3] // self.config.patch_size**2
         if t.shape not in ((batch,), (batch, tokens)):
             raise ValueError(f"t must be ({batch},) or ({batch}, {tokens}), got {tuple(t.shape)}")
-        time = self.time_embedder(t)
+        time = self._embed_time(t)
         if self.label_embedder is None or condition.labels is None:
             return time, F.silu(time)
         if condition.labels.shape != (batch,):
             raise ValueError(f"condition.labels must be ({batch},), got {tuple(condition.labels.shape)}")
         return time, F.silu(time + self.label_embedder(condition.labels))
 
-    def _context(self, x: Tensor, attention_mask: Tensor | None = None) -> Context:
-        """What the blocks are told of the grid of ``x``."""
-        height, width = (size // self.config.patch_size for size in x.shape[2:])
-        positions = image_positions(height, width, device=x.device)
-        rope = rope_tables(positions, self.config.hidden_size // self.config.num_heads)
-        return Context(rope, mask_of_samples(attention_mask, len(x), self.config.num_heads, height * width))
+    def _embed_time(self, t: Tensor) -> Tensor:
+        return self.time_embedder(t)
+
+    def _context(self, x: Tensor, attention_mask: Tensor | None = None, part: str | None = None) -> Context:
+        """What the blocks of ``part`` are told of the grid of ``x``."""
+        height, width = self._grid(x)
+        block: Any = self.blocks[self.parts[part].start if part else 0]
+        rope = self._rope(height, width, block.hidden_size // block.num_heads, x.device)
+        return Context(rope, mask_of_samples(attention_mask, len(x), block.num_heads, height * width))
+
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return x.shape[2] // self.config.patch_size, x.shape[3] // self.config.patch_size
+
+    def _rope(self, height: int, width: int, head_dim: int, device: torch.device) -> Rope | None:
+        return rope_tables(image_positions(height, width, device=device), head_dim)
+
+    def _output(self, x: Tensor, patches: Tensor, features: dict[str, Tensor]) -> Output:
+        """The patches (B, N, C p p) as what the backbone returns."""
+        sample = unpatchify(patches, self.config.patch_size, (x.shape[2], x.shape[3])).to(x.dtype)
+        return Output(sample, features)
 
     def _run(
         self,
@@ -239,6 +292,54 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             if f"blocks.{i}" in features:
                 taps[f"blocks.{i}"] = x
         return x, taps
+
+
+class SingleStream(Backbone):
+    """A backbone of one residual stream: every block sees time and condition."""
+
+    embedder: PatchEmbedding
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        attention_mask: Tensor | Sequence[Tensor | None] | None = None,
+        features: Collection[str] = (),
+    ) -> Output:
+        """The prediction for ``x`` at time t.
+
+        Args:
+            x: (B, C, H, W), H and W divisible by the patch size.
+            t: (B,) in [0, 1], 0 = data, or (B, N) per token.
+            condition: labels (B,), or nothing when the model has no classes.
+            attention_mask: (N, N), (B, N, N) or (B, H, N, N) bool, True = attend, for all blocks; or one a block,
+                where None or a missing entry masks nothing.
+            features: sites (``blocks.i``) to return.
+        """
+        self._check_sample(x)
+        self._check_features(features)
+        time, embedded = self._embed_condition(x, t, condition)
+        tokens, contexts = self._sequence(x, time, condition, self._contexts(x, attention_mask))
+        tokens, taps = self._run("trunk", tokens, embedded, contexts, features)
+        return self._output(x, self.final_layer(tokens[:, : math.prod(self._grid(x))], embedded), taps)
+
+    def _sequence(
+        self, x: Tensor, time: Tensor, condition: Condition, contexts: list[Context]
+    ) -> tuple[Tensor, list[Context]]:
+        """The tokens that enter the first block, those of the image first, and what the blocks are told of them."""
+        return self.embedder(x), contexts
+
+    def _contexts(self, x: Tensor, masks: Tensor | Sequence[Tensor | None] | None) -> list[Context]:
+        depth = self.config.depth
+        if masks is None or isinstance(masks, Tensor):
+            return [self._context(x, masks)] * depth
+        if len(masks) > depth:
+            raise ValueError(f"attention_mask has {len(masks)} entries for {depth} blocks; give at most one a block")
+        shared, tokens, heads = self._context(x), math.prod(self._grid(x)), self.config.num_heads
+        padded = (*masks, *[None] * (depth - len(masks)))
+        return [replace(shared, mask=mask_of_samples(mask, len(x), heads, tokens)) for mask in padded]
 
 
 def mask_of_samples(mask: Tensor | None, batch: int, heads: int, tokens: int) -> Tensor | None:

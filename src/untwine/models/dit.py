@@ -8,20 +8,15 @@ multiply by their weight before rounding to the input dtype, as the reference do
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
-
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor
 
-from untwine.contracts import Condition, Output
-from untwine.models.base import Backbone, mask_of_samples
-from untwine.models.layers.block import Context
-from untwine.models.layers.embeddings import PatchEmbedding, unpatchify
-from untwine.models.layers.official import ARGUMENTS, PREFIXES
+from untwine.models.base import SingleStream
+from untwine.models.layers.block import Block, Style
+from untwine.models.layers.embeddings import PatchEmbedding
+from untwine.models.layers.official import IMPROVED_DIT_DIALECT
 
 
-class ImprovedDiT(Backbone):
+class ImprovedDiT(SingleStream):
     """Class-conditional velocity predictor without a split; arguments as :class:`~untwine.models.ddt.DDT`."""
 
     SIZES = {  # noqa: RUF012 - a table, read only
@@ -29,9 +24,7 @@ class ImprovedDiT(Backbone):
         "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
         "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
     }
-    _scale_in_float32 = True
-    _official_arguments = tuple(name for name in ARGUMENTS if name != "num_encoder_blocks")
-    _official_prefixes = {**PREFIXES, "x_embedder.": "embedder."}  # noqa: RUF012
+    dialects = (IMPROVED_DIT_DIALECT,)
 
     @register_to_config
     def __init__(
@@ -51,40 +44,5 @@ class ImprovedDiT(Backbone):
         self._add_trunk()
         self.embedder = PatchEmbedding(in_channels, hidden_size, patch_size)
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        condition: Condition,
-        *,
-        attention_mask: Tensor | Sequence[Tensor | None] | None = None,
-        features: Collection[str] = (),
-    ) -> Output:
-        """The velocity of ``x`` at time t.
-
-        Args:
-            x: (B, C, H, W), H and W divisible by the patch size.
-            t: (B,) in [0, 1], 0 = data, or (B, N) per token.
-            condition: labels (B,), or nothing when the model has no classes.
-            attention_mask: (N, N), (B, N, N) or (B, H, N, N) bool, True = attend, for all blocks; or one a block,
-                where None or a missing entry masks nothing.
-            features: sites (``blocks.i``) to return.
-        """
-        self._check_sample(x)
-        self._check_features(features)
-        _, embedded = self._embed_condition(x, t, condition)
-        contexts = self._contexts(x, attention_mask)
-        tokens, taps = self._run("trunk", self.embedder(x), embedded, contexts, features)
-        patches = self.final_layer(tokens, embedded)
-        return Output(unpatchify(patches, self.config.patch_size, (x.shape[2], x.shape[3])).to(x.dtype), taps)
-
-    def _contexts(self, x: Tensor, masks: Tensor | Sequence[Tensor | None] | None) -> list[Context]:
-        depth = self.config.depth
-        if masks is None or isinstance(masks, Tensor):
-            return [self._context(x, masks)] * depth
-        if len(masks) > depth:
-            raise ValueError(f"attention_mask has {len(masks)} entries for {depth} blocks; give at most one a block")
-        shared, tokens = self._context(x), x.shape[2] * x.shape[3] // self.config.patch_size**2
-        padded = (*masks, *[None] * (depth - len(masks)))
-        heads = self.config.num_heads
-        return [replace(shared, mask=mask_of_samples(mask, len(x), heads, tokens)) for mask in padded]
+    def _block(self, index: int) -> Block:
+        return Block(self.config.hidden_size, self.config.num_heads, Style(scale_in_float32=True))

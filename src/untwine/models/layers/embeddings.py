@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from untwine.models.layers.basic import Linear
+from untwine.contracts import Condition
+from untwine.models.layers.basic import Linear, RMSNorm
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
@@ -79,8 +82,50 @@ class TimestepEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, 1, D), or (B, N) -> (B, N, D): one time per sample or per token."""
         time = self.scale * (t.float() - self.origin)
-        hidden = self.mlp(sinusoid(time, self.frequency_dim, max_period=self.max_period))
+        hidden = self.mlp(self.features(time))
         return hidden[:, None] if t.ndim == 1 else hidden
+
+    def features(self, time: Tensor) -> Tensor:
+        """(...,) -> (..., frequency_dim) float32."""
+        return sinusoid(time, self.frequency_dim, max_period=self.max_period)
+
+
+class FourierTimeEmbedding(TimestepEmbedding):
+    """MLP over ``[sin, cos](2 pi w t)`` of 256 fixed normal frequencies w, which belong to the weights.
+
+    The frequencies stay float32 whatever the model is cast to. A new model has the same ones as every other new model.
+    """
+
+    def __init__(self, hidden_size: int, *, scale: float = 1.0, origin: float = 0.0, num_frequencies: int = 256) -> None:
+        super().__init__(
+            hidden_size, scale=scale, origin=origin, max_period=math.inf, frequency_dim=2 * num_frequencies
+        )
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", torch.empty(num_frequencies))
+        self._draw()
+
+    def _draw(self) -> None:
+        if not self.frequencies.is_meta:
+            drawn = torch.randn(len(self.frequencies), generator=torch.Generator().manual_seed(0))
+            self.frequencies.copy_(drawn)
+
+    def reset_parameters(self) -> None:
+        """As every time embedding, and the frequencies."""
+        super().reset_parameters()
+        if hasattr(self, "frequencies"):
+            self._draw()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FourierTimeEmbedding:
+        kept = self.frequencies
+        super()._apply(fn, recurse)
+        if self.frequencies.dtype != kept.dtype:
+            self.frequencies = kept.to(self.frequencies.device)
+        return self
+
+    def features(self, time: Tensor) -> Tensor:
+        """(...,) -> (..., 2 * num_frequencies) float32."""
+        angles = time[..., None] * self.frequencies * 2 * torch.pi
+        return torch.cat((angles.sin(), angles.cos()), -1)
 
 
 class LabelEmbedding(nn.Module):
@@ -98,3 +143,118 @@ class LabelEmbedding(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         """(B,) int64 -> (B, 1, D)."""
         return self.table(labels)[:, None]
+
+
+def sincos_positions(height: int, width: int, dim: int, *, device: torch.device | None = None) -> Tensor:
+    """(1, height * width, dim) float32 of row-major tokens: half of the width for the column, half for the row.
+
+    Each half is ``dim / 4`` sines, then as many cosines, of frequencies that fall from 1 to 1 / 10000 (exclusive).
+    """
+    exact = torch.float32 if device is not None and device.type == "mps" else torch.float64
+    quarter = dim // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=exact, device=device) / quarter)
+    angles = torch.arange(max(height, width), dtype=exact, device=device)[:, None] * frequencies
+    axis = torch.cat((angles.sin(), angles.cos()), -1).float()  # (longest side, dim / 2)
+    columns = axis[:width].expand(height, width, -1)
+    rows = axis[:height, None].expand(height, width, -1)
+    return torch.cat((columns, rows), -1).flatten(0, 1)[None]
+
+
+class PositionEmbedding(nn.Module):
+    """Adds :func:`sincos_positions`, on any grid; or a stored table, on the one square grid that it was made for.
+
+    Args:
+        hidden_size: width D, a multiple of 4.
+        num_tokens: of the stored table; 0 for sines and cosines.
+    """
+
+    def __init__(self, hidden_size: int, num_tokens: int = 0) -> None:
+        super().__init__()
+        side = math.isqrt(num_tokens)
+        self.table: Tensor | None
+        self.register_buffer("table", sincos_positions(side, side, hidden_size) if num_tokens else None)
+
+    def forward(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """(B, N, D) -> (B, N, D) of the same dtype, N = height * width."""
+        if self.table is None:
+            return tokens + sincos_positions(height, width, tokens.shape[-1], device=tokens.device).to(tokens.dtype)
+        return tokens + self.table.to(tokens.dtype)
+
+
+class LearnedTokens(nn.Module):
+    """A vector as several tokens: ``vector + learned_i``."""
+
+    def __init__(self, num_tokens: int, hidden_size: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(num_tokens, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal of variance ``1 / hidden_size``."""
+        nn.init.normal_(self.tokens, std=self.tokens.shape[1] ** -0.5)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        """(B, 1, D) -> (B, num_tokens, D)."""
+        return vector + self.tokens.to(vector.dtype)
+
+
+class TextProjection(nn.Module):
+    """Token states of a text encoder, normalised and projected to the model width."""
+
+    def __init__(self, text_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(text_dim)
+        self.proj = Linear(text_dim, hidden_size)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B, L, text_dim) -> (B, L, D)."""
+        return self.proj(self.norm(values))
+
+
+class ConditionTokens(nn.Module):
+    """Time and label or text as tokens that take part in attention, instead of modulating the blocks.
+
+    Args:
+        hidden_size: width D.
+        num_time_tokens: a time.
+        num_label_tokens: a label; 0 without labels.
+        text_dim: width of the text's token states; 0 without text.
+        second_time: whether a second time gets tokens of its own, after those of the first.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_time_tokens: int = 4,
+        num_label_tokens: int = 8,
+        text_dim: int = 0,
+        second_time: bool = False,
+    ) -> None:
+        super().__init__()
+        self.time = LearnedTokens(num_time_tokens, hidden_size)
+        self.second_time = LearnedTokens(num_time_tokens, hidden_size) if second_time else None
+        self.label = LearnedTokens(num_label_tokens, hidden_size) if num_label_tokens else None
+        self.text = TextProjection(text_dim, hidden_size) if text_dim else None
+
+    def forward(
+        self, condition: Condition, time: Tensor, label: Tensor | None = None, second_time: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tokens (B, L, D) and their mask (B, L), True = a real token, or None when all are.
+
+        Args:
+            condition: its ``tokens["text"]`` is read where the model takes text.
+            time, label, second_time: embeddings (B, 1, D).
+        """
+        parts = [self.time(time)]
+        if self.second_time is not None and second_time is not None:
+            parts.append(self.second_time(second_time))
+        if self.label is not None and label is not None:
+            parts.append(self.label(label))
+        if self.text is None:
+            return torch.cat([part.to(time.dtype) for part in parts], 1), None
+        text = condition.tokens["text"]
+        mask = text.mask
+        if mask is not None:
+            mask = F.pad(mask.bool(), (sum(part.shape[1] for part in parts), 0), value=True)
+        return torch.cat([part.to(time.dtype) for part in (*parts, self.text(text.values))], 1), mask

@@ -20,14 +20,23 @@ def image_positions(height: int, width: int, *, extent: float = 16.0, device: to
     return torch.stack((x.repeat(height), y.repeat_interleave(width)), -1)[None]
 
 
-def rope_tables(positions: Tensor, head_dim: int, *, theta: float = 10000.0) -> Rope:
+def grid_positions(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
+    """(1, height * width, 2) float32 integer positions (row, column) of row-major tokens."""
+    rows = torch.arange(height, dtype=torch.float32, device=device)
+    columns = torch.arange(width, dtype=torch.float32, device=device)
+    return torch.stack((rows.repeat_interleave(width), columns.repeat(height)), -1)[None]
+
+
+def rope_tables(positions: Tensor, head_dim: int, *, theta: float = 10000.0, interleaved: bool = True) -> Rope:
     """Tables for :func:`rotate`, computed once per forward in float32.
 
-    Frequency k of A axes is ``theta ** (-2 A k / head_dim)``; within a frequency the axes are interleaved.
+    Frequency k of A axes is ``theta ** (-2 A k / head_dim)``.
 
     Args:
-        positions: (B or 1, N, A).
+        positions: (B or 1, N, A); a token at the origin is not rotated.
         head_dim: width of one attention head, divisible by 2 A.
+        interleaved: within a frequency the axes follow each other (DDT); else within an axis the frequencies do
+            (LightningDiT).
 
     Raises:
         ValueError: if ``head_dim`` is not divisible by 2 A.
@@ -40,7 +49,7 @@ def rope_tables(positions: Tensor, head_dim: int, *, theta: float = 10000.0) -> 
         )
     exponents = torch.arange(0, head_dim, 2 * axes, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions.float()[..., None, :] * (1.0 / theta**exponents)[:, None]  # (B, N, head_dim / 2A, A)
-    angles = angles.flatten(-2)[:, :, None]  # (B, N, 1, head_dim / 2)
+    angles = (angles if interleaved else angles.mT).flatten(-2)[:, :, None]  # (B, N, 1, head_dim / 2)
     return angles.cos(), angles.sin()
 
 
