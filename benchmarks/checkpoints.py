@@ -2,10 +2,11 @@
 
     python benchmarks/checkpoints.py --checkpoint ddt-digits --reference digits
     python benchmarks/checkpoints.py --checkpoint ddt-fashion --reference fashion
-    python benchmarks/checkpoints.py --checkpoint ddt-emoji --reference emoji --num-samples 500
+    python benchmarks/checkpoints.py --checkpoint ddt-emoji --reference emoji --num-samples 144
 
-Each run adds its checkpoint to ``benchmarks/results/checkpoints.json``. The samples are those of the checkpoint's own
-settings, seed 0, classes in turn.
+Each run adds its checkpoint to ``benchmarks/results/checkpoints.json`` and leaves ``grid.png`` and ``nearest.png`` (the
+samples most like a real picture, above that picture) in ``out/checkpoints``. The samples are those of the checkpoint's
+own settings, seed 0, classes in turn.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import untwine
 from untwine.evaluation.protocols import find_protocol
 from untwine.evaluation.references import open_reference
 from untwine.evaluation.report import evaluate
+from untwine.pipelines.writing import make_grid
 
 
 def main() -> None:
@@ -35,6 +37,7 @@ def main() -> None:
     samples = untwine.sample(options.checkpoint, count=protocol.num_samples, seed=0, batch_size=100)
     out = options.out / options.checkpoint
     report = evaluate(samples.images, open_reference(options.reference), protocol, out=out)
+    make_grid(samples.images[:72], columns=18).save(out / "grid.png")
     file = RESULTS / "checkpoints.json"
     known = json.loads(file.read_text(encoding="utf-8"))["checkpoints"] if file.is_file() else {}
     values = {name: report.values[name] for name in ("metrics", "floor", "memorisation", "counts", "protocol")}

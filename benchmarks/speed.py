@@ -304,12 +304,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=50, help="of sampling")
     parser.add_argument("--refresh-every", type=int, nargs="+", default=[1, 2, 3, 5, 8])
+    parser.add_argument("--tag", default="", help="ending of the name of the result")
     options = parser.parse_args()
     gc.collect()
     found = BENCHMARKS[options.benchmark](options)
     reference = "github.com/MCG-NJU/DDT" if options.peer else "plain eager network of our own"
     settings = {"reference": reference, "device": options.device, "shape": options.shape, "repeats": options.repeats}
-    save(f"speed_{options.benchmark}", {"settings": settings, "results": found})
+    save(f"speed_{options.benchmark}{options.tag}", {"settings": settings, "results": found})
 
 
 if __name__ == "__main__":
