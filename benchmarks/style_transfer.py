@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="the run of emoji-google")
     parser.add_argument("--root", type=Path, default=Path("data/emoji"))
     parser.add_argument("--work", type=Path, default=Path("out/style"))
-    parser.add_argument("--strength", type=float, default=0.6)
+    parser.add_argument("--strength", type=float, default=0.85)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--limit", type=int, help="judge so many emoji only")
     options = parser.parse_args()

@@ -27,6 +27,10 @@ COMMANDS = (
     ("convert", "## convert"),
     ("evaluate", "## evaluate"),
     ("accelerate", "## accelerate"),
+    ("bench", "## bench"),
+    ("bench quality", "### bench quality"),
+    ("bench loss", "### bench loss"),
+    ("bench plot", "### bench plot"),
     ("plan", "## plan"),
     ("info", "## info"),
 )

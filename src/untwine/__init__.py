@@ -9,15 +9,32 @@ from typing import Any
 __version__ = "0.1.0"
 _LAZY = {
     "DDT": "untwine.models.ddt",
+    "DDTHead": "untwine.models.ddt_head",
+    "DiT": "untwine.models.dit",
     "ImagePipeline": "untwine.pipelines.image",
     "ImprovedDiT": "untwine.models.dit",
+    "LightningDiT": "untwine.models.lightningdit",
+    "SiT": "untwine.models.sit",
     "ModelMixin": "diffusers",  # looked up here when diffusers loads a saved pipeline
     "load": "untwine.pipelines.loading",
     "sample": "untwine.pipelines.loading",
     "from_official": "untwine.integrations.official",
     "Trainer": "untwine.training.trainer",
 }
-__all__ = ["DDT", "ImagePipeline", "ImprovedDiT", "Trainer", "__version__", "from_official", "load", "sample"]
+__all__ = [
+    "DDT",
+    "DDTHead",
+    "DiT",
+    "ImagePipeline",
+    "ImprovedDiT",
+    "LightningDiT",
+    "SiT",
+    "Trainer",
+    "__version__",
+    "from_official",
+    "load",
+    "sample",
+]
 
 
 def __getattr__(name: str) -> Any:

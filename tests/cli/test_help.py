@@ -96,5 +96,5 @@ def test_info_lists_and_describes(untwine, run_folder):
 
 
 def test_info_of_something_unknown(refused, tmp_path):
-    assert "unknown name 'dtt'; did you mean 'ddt'?" in refused("info", "dtt")
+    assert "unknown name 'ddtt'; did you mean 'ddt'?" in refused("info", "ddtt")
     assert "holds no checkpoint" in refused("info", tmp_path)

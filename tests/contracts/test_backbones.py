@@ -16,7 +16,20 @@ from untwine.models.layers.rope import image_positions, rope_tables, rotate
 from untwine.testing.backbones import CHECKS, DECOUPLED_CHECKS, DIFFUSERS_CHECKS, Subject, refusal
 
 SMALL = {"in_channels": 3, "hidden_size": 32, "num_heads": 4, "num_classes": 5}
-OPTIONS: dict[str, dict[str, Any]] = {"ddt": {"depth": 5, "encoder_depth": 3}, "improved_dit": {"depth": 3}}
+HEAD = {"depth": 5, "encoder_depth": 3, "decoder_hidden_size": 48, "decoder_num_heads": 3, "patch_size": 2}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ddt": {"depth": 5, "encoder_depth": 3},
+    "improved_dit": {"depth": 3},
+    "dit": {"depth": 3},
+    "sit": {"depth": 3},
+    "lightningdit": {"depth": 3, "patch_size": 2},
+    "ddt_head": HEAD,
+}
+# The same networks with their condition as tokens, normalised queries and keys, and the encoder's own prediction.
+IN_CONTEXT: dict[str, dict[str, Any]] = {
+    "lightningdit": {"conditioning": "tokens", "qk_norm": True, "num_positions": -1, "time_features": "fourier"},
+    "ddt_head": {"conditioning": "tokens", "qk_norm": True, "num_positions": -1},
+}
 
 
 def subject(name: str, **overrides: Any) -> Subject:
@@ -33,6 +46,13 @@ def test_backbone(name, check):
 @pytest.mark.parametrize("check", DECOUPLED_CHECKS, ids=lambda check: check.__name__)
 def test_decoupled_backbone(name, check):
     check(subject(name))
+
+
+@pytest.mark.parametrize("name", IN_CONTEXT)
+@pytest.mark.parametrize("check", (*CHECKS, *DECOUPLED_CHECKS), ids=lambda check: check.__name__)
+def test_in_context_backbone(name, check):
+    if check not in DECOUPLED_CHECKS or MODELS[name].decoupled:
+        check(subject(name, **IN_CONTEXT[name]))
 
 
 @pytest.mark.parametrize("name", MODELS)

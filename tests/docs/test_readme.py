@@ -76,7 +76,7 @@ def test_pictures_exist():
 def test_pictures_are_those_of_the_commands_below_them(somewhere):
     """The samples that the command under a picture draws are those in it, up to rounding."""
     shown = re.findall(r"!\[[^\]]*\]\((\S+)\)\n\n\*`(untwine sample [^`]+)`", TEXT)
-    assert [Path(path).stem for path, _ in shown] == ["ddt-digits", "ddt-fashion"]
+    assert [Path(path).stem for path, _ in shown] == ["ddt-digits", "ddt-fashion", "ddt-emoji"]
     for path, command in shown:
         assert main([*shlex.split(command)[1:], "--out", "drawn", "--no-pictures"]) == 0
         drawn, picture = (np.asarray(Image.open(file), float) for file in ("drawn/grid.png", ROOT / path))

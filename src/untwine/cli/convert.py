@@ -14,7 +14,10 @@ from untwine.cli.options import brief, parse, show
 # How the authors sample for their tables, by network; the guidance interval is in untwine's time.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "ddt": {"num_inference_steps": 250, "guidance_scale": 2.0, "guidance_interval": [0.0, 0.7], "last_step": 0.04},
+    "dit": {"num_inference_steps": 250, "guidance_scale": 1.5, "solver": {"kind": "ddpm", "variance": "learned"}},
 }
+PATHS = {"dit": {"kind": "discrete"}}
+"""of networks that are not trained on the linear path"""
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,11 @@ class ConvertOptions:
     """of the written weights"""
     weights: Annotated[str, arg(metavar="ema:K|raw|posthoc:SIGMA")] = "ema:0"
     """which weights of a run"""
-    system: Literal["ddt"] = "ddt"
+    system: Literal["ddt", "dit", "sit", "repa", "lightningdit", "rae", "ddt-head"] = "ddt"
     """whose official weights"""
-    network: Annotated[Literal["ddt", "improved_dit"] | None, arg(metavar="ddt|improved_dit")] = None
+    network: Annotated[
+        Literal["ddt", "improved_dit", "dit", "sit", "lightningdit", "ddt_head"] | None, arg(metavar="NAME")
+    ] = None
     """which network of it; default: told by the parameters"""
     config: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="KEY=VALUE")] = ()
     """official constructor argument that the weights do not tell; repeat for several"""
@@ -86,6 +91,7 @@ def _official(options: ConvertOptions, folder: Path) -> Any:
     model = load(folder, dtype=getattr(torch, options.dtype)).model
     return ImagePipeline(
         model,
+        path=PATHS.get(report.network),
         sampling=PUBLISHED.get(report.network),
         latent_shape=(model.config.in_channels, *options.latent_size),
         origin={

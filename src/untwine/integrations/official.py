@@ -24,8 +24,16 @@ from torch import Tensor
 from untwine.models import MODELS
 from untwine.registry import did_you_mean
 
-NETWORKS: Mapping[str, tuple[str, ...]] = {"ddt": ("ddt", "improved_dit")}
-"""system -> its networks by their name among the models; the first whose parameters are all there is taken"""
+NETWORKS: Mapping[str, tuple[str, ...]] = {
+    "ddt": ("ddt", "improved_dit"),
+    "dit": ("dit",),
+    "sit": ("sit",),
+    "repa": ("sit",),
+    "lightningdit": ("lightningdit",),
+    "rae": ("ddt_head", "lightningdit"),
+    "ddt-head": ("ddt_head", "lightningdit"),
+}
+"""system -> its networks by their name among the models; the first whose own parameter names are there is taken"""
 PREFIXES = ("ema_denoiser.", "denoiser.")
 """where a Lightning checkpoint keeps the network, averaged weights first"""
 CONTAINERS = ("state_dict", "ema", "model")
@@ -64,7 +72,8 @@ def from_official(
     """
     _, weights = select_weights(state_dict)
     _, cls = _network(slug, weights, network)
-    return cls.from_official(weights, cls.infer_official(weights, {}) if config is None else config)
+    resolved = cls.infer_official(weights, {}, system=slug) if config is None else config
+    return cls.from_official(weights, resolved, system=slug)
 
 
 def convert(
@@ -87,8 +96,8 @@ def convert(
         raise ValueError(f"out: {out} exists; choose a new folder or remove it")
     prefix, weights = _read(source)
     name, cls = _network(slug, weights, network)
-    resolved = cls.infer_official(weights, config or {})
-    model = cls.from_official(weights, resolved)
+    resolved = cls.infer_official(weights, config or {}, system=slug)
+    model = cls.from_official(weights, resolved, system=slug)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -131,12 +140,20 @@ def _network(slug: str, weights: Mapping[str, Tensor], network: str | None) -> t
             raise ValueError(f"network: {slug} has no {network!r}{did_you_mean(network, list(names))}")
         return network, MODELS[network]
     for name in names:
-        if MODELS[name].is_official(weights):
+        if MODELS[name].is_official(weights, slug):
             return name, MODELS[name]
     raise ValueError(
-        f"state_dict has the parameters of none of {slug}'s networks ({', '.join(names)}); it begins with "
-        f"{sorted(weights)[:5]}. Name the network to see what is missing"
+        f"state_dict has the parameters of none of {slug}'s networks ({', '.join(names)}); {_likeness(weights)}. Name "
+        "the network to see what is missing"
     )
+
+
+def _likeness(weights: Mapping[str, Tensor]) -> str:
+    """Which systems' names these are."""
+    fitting = [slug for slug, names in NETWORKS.items() if any(MODELS[n].is_official(weights, slug) for n in names)]
+    if fitting:
+        return f"it looks like weights of {' or '.join(fitting)}"
+    return f"it begins with {sorted(weights)[:5]}"
 
 
 def _read(path: Path) -> tuple[str, dict[str, Tensor]]:

@@ -7,5 +7,9 @@ MODELS = Registry(
     {
         "ddt": "untwine.models.ddt:DDT",
         "improved_dit": "untwine.models.dit:ImprovedDiT",
+        "dit": "untwine.models.dit:DiT",
+        "sit": "untwine.models.sit:SiT",
+        "lightningdit": "untwine.models.lightningdit:LightningDiT",
+        "ddt_head": "untwine.models.ddt_head:DDTHead",
     },
 )

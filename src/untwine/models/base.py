@@ -61,33 +61,47 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         return cls(**{**cls.SIZES[name], **overrides})
 
     @classmethod
-    def from_official(cls, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
-        """The model of the official weights; ``config`` holds the official constructor's arguments.
+    def from_official(
+        cls, state_dict: Mapping[str, Tensor], config: Mapping[str, Any], *, system: str | None = None
+    ) -> Self:
+        """The model of the official weights.
+
+        Args:
+            state_dict: official names.
+            config: the official constructor's arguments.
+            system: whose; None tells by the names.
 
         Raises:
             ValueError: for an unknown argument, or weights that do not fit.
         """
-        dialect = cls.dialect_of(state_dict)
+        dialect = cls.dialect_of(state_dict, system)
         model = cls(**dialect.config(config, state_dict))
         load_translated(model, state_dict, dialect)
         return model
 
     @classmethod
-    def infer_official(cls, state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    def infer_official(
+        cls, state_dict: Mapping[str, Tensor], given: Mapping[str, Any], *, system: str | None = None
+    ) -> dict[str, Any]:
         """The official constructor's arguments, read off the weights where ``given`` is silent."""
-        return cls.dialect_of(state_dict).infer(state_dict, given, cls.SIZES)
+        return cls.dialect_of(state_dict, system).infer(state_dict, given, cls.SIZES)
 
     @classmethod
-    def is_official(cls, state_dict: Mapping[str, Tensor]) -> bool:
-        """Whether these are official weights of this network, by the names that only it has."""
-        return any(dialect.is_of(state_dict) for dialect in cls.dialects)
+    def is_official(cls, state_dict: Mapping[str, Tensor], system: str | None = None) -> bool:
+        """Whether these are official weights of this network (of one system), by the names that only it has."""
+        return any(d.is_of(state_dict) for d in cls.dialects if system in (None, d.system))
 
     @classmethod
-    def dialect_of(cls, state_dict: Mapping[str, Tensor]) -> Dialect:
-        """The code base that official weights come from; the first that is known where none fits."""
-        if not cls.dialects:
-            raise ValueError(f"{cls.__name__} has no official weights")
-        return next((dialect for dialect in cls.dialects if dialect.is_of(state_dict)), cls.dialects[0])
+    def dialect_of(cls, state_dict: Mapping[str, Tensor], system: str | None = None) -> Dialect:
+        """The code base that official weights come from; the first that is known where none fits.
+
+        Raises:
+            ValueError: if ``system`` (or any) has no official weights of this network.
+        """
+        known = [dialect for dialect in cls.dialects if system in (None, dialect.system)]
+        if not known:
+            raise ValueError(f"{cls.__name__} has no official weights" + (f" of {system}" if system else ""))
+        return next((dialect for dialect in known if dialect.is_of(state_dict)), known[0])
 
     def _add_trunk(self) -> None:
         """The modules that every backbone of this family has, from its registered config."""
@@ -122,10 +136,10 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         return Block(self.config.hidden_size, self.config.num_heads, Style())
 
     def _final_layer(self, hidden_size: int) -> FinalLayer:
-        return FinalLayer(hidden_size, self._num_outputs * self.config.patch_size**2)
+        return FinalLayer(hidden_size, self.num_outputs * self.config.patch_size**2)
 
     @property
-    def _num_outputs(self) -> int:
+    def num_outputs(self) -> int:
         """Channels that the network predicts."""
         return self.config.in_channels
 
@@ -176,17 +190,21 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
                 found[name] = self.final_layer.flops(n, vectors)
             else:
                 block: Any = self.blocks[site.index] if site.kind != "encoder" else None
-                found[name] = 0 if block is None else block.flops(n, vectors)[site.kind]
+                found[name] = self._state_flops(n) if block is None else block.flops(n, vectors)[site.kind]
         return found
 
     def flops(self, sample_shape: tuple[int, ...]) -> int:
         """Floating point operations of one forward pass over one sample (C, H, W); see :meth:`site_flops`."""
         num_tokens = math.prod(sample_shape[1:]) // self.config.patch_size**2
         sites = self.site_flops(num_tokens)
-        trunk = sum(sites[name] for name, site in self.sites().items() if site.kind in ("block", "head"))
+        trunk = sum(sites[name] for name, site in self.sites().items() if site.kind in ("block", "head", "encoder"))
         width, patch = self.config.hidden_size, self.config.in_channels * self.config.patch_size**2
         embedders = sum(2 * num_tokens * patch * self._part_width(part) for part in self.parts)
         return trunk + embedders + 2 * width * (self.time_embedder.frequency_dim + width)
+
+    def _state_flops(self, num_tokens: int) -> int:
+        """Of what stands between encoder and decoder."""
+        return 0
 
     def _part_width(self, part: str) -> int:
         block: Any = self.blocks[self.parts[part].start]
@@ -227,6 +245,12 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             raise ValueError(
                 f"x of size {height} x {width} does not divide into patches of {p} x {p}; "
                 f"the nearest valid size is {near_height} x {near_width}"
+            )
+        rows, columns = height // p, width // p
+        if self.square_only and (rows != columns or rows * columns != self.max_tokens):
+            side = math.isqrt(self.max_tokens or 0) * p
+            raise ValueError(
+                f"x must be {side} x {side}, the grid of this model's stored position table, got {height} x {width}"
             )
 
     def _check_features(self, features: Iterable[str], part: str | None = None) -> None:
@@ -321,12 +345,13 @@ class SingleStream(Backbone):
         self._check_sample(x)
         self._check_features(features)
         time, embedded = self._embed_condition(x, t, condition)
-        tokens, contexts = self._sequence(x, time, condition, self._contexts(x, attention_mask))
+        contexts = self._contexts(x, attention_mask)
+        tokens, contexts = self._sequence(x, t, time, condition, contexts)
         tokens, taps = self._run("trunk", tokens, embedded, contexts, features)
         return self._output(x, self.final_layer(tokens[:, : math.prod(self._grid(x))], embedded), taps)
 
     def _sequence(
-        self, x: Tensor, time: Tensor, condition: Condition, contexts: list[Context]
+        self, x: Tensor, t: Tensor, time: Tensor, condition: Condition, contexts: list[Context]
     ) -> tuple[Tensor, list[Context]]:
         """The tokens that enter the first block, those of the image first, and what the blocks are told of them."""
         return self.embedder(x), contexts

@@ -67,16 +67,28 @@ class Decoupled(Backbone):
         self._check_sample(x)
         self._check_features(features, "encoder")
         time, embedded = self._embed_condition(x, t, condition)
-        tokens, context = self._encoder_sequence(x, time, condition, self._context(x, attention_mask))
+        tokens, context = self._encoder_sequence(x, t, time, condition, self._context(x, attention_mask))
         hidden, taps = self._run("encoder", tokens, embedded, [context] * self.config.encoder_depth, features)
-        hidden = hidden[:, : math.prod(self._grid(x))]
+        hidden = hidden[:, : self._num_state_tokens(x)]
         return EncoderState(tokens=self.state(time + hidden), hidden=hidden, t=t, features=taps)
 
     def _encoder_sequence(
-        self, x: Tensor, time: Tensor, condition: Condition, context: Context
+        self, x: Tensor, t: Tensor, time: Tensor, condition: Condition, context: Context
     ) -> tuple[Tensor, Context]:
         """The tokens that enter the encoder, those of the image first, and what its blocks are told of them."""
         return self.encoder_embedder(x), context
+
+    def _num_state_tokens(self, x: Tensor) -> int:
+        """Tokens that the decoder reads, which stand first in the encoder's sequence."""
+        return math.prod(self._grid(x))
+
+    def _decoder_sequence(self, x: Tensor) -> Tensor:
+        return self.decoder_embedder(x)
+
+    def _predict(
+        self, x: Tensor, tokens: Tensor, state: EncoderState, modulation: Tensor | None, features: dict[str, Tensor]
+    ) -> Output:
+        return self._output(x, self.final_layer(tokens, state.tokens, modulation), features)
 
     def decode(
         self, x: Tensor, state: EncoderState, *, retime: Tensor | None = None, features: Collection[str] = ()
@@ -94,7 +106,7 @@ class Decoupled(Backbone):
         if retime is not None:
             tokens = self.state(self.time_embedder(retime) + state.hidden)
             state = replace(state, tokens=tokens, t=retime, modulations=None)
-        tokens = self.decoder_embedder(x)
+        tokens = self._decoder_sequence(x)
         if state.tokens.shape != tokens.shape:
             raise ValueError(
                 f"state of shape {tuple(state.tokens.shape)} does not belong to an x of {tuple(x.shape)}, which has "
@@ -103,7 +115,7 @@ class Decoupled(Backbone):
         *given, last = state.modulations or [None] * (len(self.parts["decoder"]) + 1)
         contexts = [self._context(x, part="decoder")] * len(given)
         tokens, taps = self._run("decoder", tokens, state.tokens, contexts, features, given)
-        return self._output(x, self.final_layer(tokens, state.tokens, last), {**state.features, **taps})
+        return self._predict(x, tokens, state, last, {**state.features, **taps})
 
     @torch.no_grad()
     def modulate(self, state: EncoderState) -> Any:

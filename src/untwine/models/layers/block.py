@@ -218,7 +218,7 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """Norm, modulation where the style has it, and the projection to patches."""
 
-    def __init__(self, hidden_size: int, out_features: int, style: Style = Style(norm="layer")) -> None:  # noqa: B008
+    def __init__(self, hidden_size: int, out_features: int, style: Style = Style(norm="layer")) -> None:
         super().__init__()
         self.norm = style.make_norm(hidden_size)
         self.adaln = Linear(hidden_size, 2 * hidden_size) if style.modulated else None
@@ -242,13 +242,17 @@ class FinalLayer(nn.Module):
         modulation = 0 if self.adaln is None else 4 * num_vectors * self.hidden_size**2
         return 2 * num_tokens * self.hidden_size * self.out_features + modulation
 
+    def modulated(self, x: Tensor, condition: Tensor, modulation: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D): what the projection reads."""
+        x = self.norm(x)
+        if self.adaln is None:
+            return x
+        shift, scale = (self.adaln(condition) if modulation is None else modulation).chunk(2, -1)
+        return x * (1 + scale) + shift
+
     def forward(self, x: Tensor, condition: Tensor, modulation: Tensor | None = None) -> Tensor:
         """(B, N, D) -> (B, N, out_features)."""
-        x = self.norm(x)
-        if self.adaln is not None:
-            shift, scale = (self.adaln(condition) if modulation is None else modulation).chunk(2, -1)
-            x = x * (1 + scale) + shift
-        return self.linear(x)
+        return self.linear(self.modulated(x, condition, modulation))
 
 
 TransformerBlockRegistry.register(Block, TransformerBlockMetadata(return_hidden_states_index=0))

@@ -96,18 +96,17 @@ class FourierTimeEmbedding(TimestepEmbedding):
     The frequencies stay float32 whatever the model is cast to. A new model has the same ones as every other new model.
     """
 
-    def __init__(self, hidden_size: int, *, scale: float = 1.0, origin: float = 0.0, num_frequencies: int = 256) -> None:
-        super().__init__(
-            hidden_size, scale=scale, origin=origin, max_period=math.inf, frequency_dim=2 * num_frequencies
-        )
+    def __init__(self, hidden_size: int, *, scale: float, origin: float, num_frequencies: int = 256) -> None:
+        frequency_dim = 2 * num_frequencies
+        super().__init__(hidden_size, scale=scale, origin=origin, max_period=math.inf, frequency_dim=frequency_dim)
         self.frequencies: Tensor
         self.register_buffer("frequencies", torch.empty(num_frequencies))
         self._draw()
 
     def _draw(self) -> None:
         if not self.frequencies.is_meta:
-            drawn = torch.randn(len(self.frequencies), generator=torch.Generator().manual_seed(0))
-            self.frequencies.copy_(drawn)
+            generator = torch.Generator("cpu").manual_seed(0)
+            self.frequencies.copy_(torch.randn(len(self.frequencies), generator=generator, device="cpu"))
 
     def reset_parameters(self) -> None:
         """As every time embedding, and the frequencies."""

@@ -22,17 +22,18 @@ from untwine.registry import did_you_mean
 
 Weights = dict[str, Tensor]
 
-ADALN = {"adaLN_modulation.0.": "adaln.", "adaLN_modulation.1.": "adaln.", "adaln_modulation.1.": "adaln."}
 PREFIXES = {"t_embedder.": "time_embedder.", "y_embedder.embedding_table.": "label_embedder.table."}
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one official code base writes a network that we have.
+    """How the official code base of one system writes a network that we have.
 
     ``config`` and ``infer`` work on official constructor arguments; ``convert`` on weights that already have our names.
     """
 
+    system: str
+    """slug of the system"""
     arguments: Mapping[str, tuple[str, Any]]
     """official constructor argument -> (ours, official default)"""
     names: Mapping[str, str]
@@ -95,7 +96,7 @@ class Dialect:
 
     def official_name(self, ours: str) -> str:
         """The reverse of :meth:`name`, for messages."""
-        return _replaced(ours, {v: k for k, v in reversed(self.names.items())})
+        return _replaced(ours, {own: theirs for theirs, own in self.names.items()})
 
 
 def _replaced(name: str, table: Mapping[str, str]) -> str:
@@ -244,8 +245,10 @@ def stored_positions(table: Tensor) -> int:
     side = math.isqrt(num_tokens)
     if side**2 != num_tokens:
         raise ValueError(f"pos_embed has {num_tokens} positions, which is no square grid")
-    computed = dim % 4 == 0 and torch.allclose(sincos_positions(side, side, dim), table.float().cpu(), atol=1e-5, rtol=0)
-    return 0 if computed else num_tokens
+    if dim % 4 or table.is_meta:
+        return num_tokens
+    difference = sincos_positions(side, side, dim) - table.float().cpu()
+    return 0 if difference.abs().max() < 1e-5 else num_tokens
 
 
 def count_blocks(state_dict: Iterable[str]) -> int:
@@ -341,29 +344,33 @@ _DDT_ARGUMENTS = {
     "patch_size": ("patch_size", 2),
     "num_classes": ("num_classes", 1000),
 }
+_DDT_ADALN = {"adaLN_modulation.0.": "adaln."}
 _DDT_IGNORED = ("learn_sigma", "deep_supervision", "weight_path", "load_ema")
 
 
-def _data_last(ours: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def data_last(ours: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """For a network whose time runs from noise to data."""
     return {**ours, "time_origin": 1.0}
 
 
 DDT_DIALECT = Dialect(
+    system="ddt",
     arguments={**_DDT_ARGUMENTS, "num_encoder_blocks": ("encoder_depth", 4)},
-    names={**PREFIXES, "s_embedder.": "encoder_embedder.", "x_embedder.": "decoder_embedder.", **ADALN},
+    names={**PREFIXES, "s_embedder.": "encoder_embedder.", "x_embedder.": "decoder_embedder.", **_DDT_ADALN},
     marks=("x_embedder.", "s_embedder.", "adaLN_modulation.0."),
     ignored=_DDT_IGNORED,
-    configure=_data_last,
+    configure=data_last,
     convert=reversed_time,
     read=read_ddt,
 )
 IMPROVED_DIT_DIALECT = Dialect(
+    system="ddt",
     arguments=_DDT_ARGUMENTS,
-    names={**PREFIXES, "x_embedder.": "embedder.", **ADALN},
+    names={**PREFIXES, "x_embedder.": "embedder.", **_DDT_ADALN},
     marks=("x_embedder.", "adaLN_modulation.0."),
     absent=("s_embedder.",),
     ignored=(*_DDT_IGNORED, "num_encoder_blocks"),
-    configure=_data_last,
+    configure=data_last,
     convert=reversed_time,
     read=read_ddt,
 )

@@ -7,6 +7,7 @@ that a finer grid is a denser sampling of the same range.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Rope = tuple[Tensor, Tensor]
@@ -51,6 +52,13 @@ def rope_tables(positions: Tensor, head_dim: int, *, theta: float = 10000.0, int
     angles = positions.float()[..., None, :] * (1.0 / theta**exponents)[:, None]  # (B, N, head_dim / 2A, A)
     angles = (angles if interleaved else angles.mT).flatten(-2)[:, :, None]  # (B, N, 1, head_dim / 2)
     return angles.cos(), angles.sin()
+
+
+def with_unrotated(rope: Rope, num_tokens: int, *, before: int = 0) -> Rope:
+    """``rope`` with so many tokens more at the end, and ``before`` at the beginning, which are not rotated."""
+    cos, sin = rope
+    padding = (0, 0, 0, 0, before, num_tokens)
+    return F.pad(cos, padding, value=1.0), F.pad(sin, padding)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
