@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import untwine
+from tests.tiny import tiny
 from untwine.contracts import Condition, Tokens
 from untwine.diffusion.guidance import Branch, Guided, classifier_free
 from untwine.diffusion.paths import DiscretePath, LinearPath
@@ -25,6 +26,7 @@ from untwine.models.layers.embeddings import sincos_positions
 from untwine.models.lightningdit import LightningDiT
 from untwine.models.sit import SiT
 from untwine.testing.backbones import Subject, refusal
+from untwine.training.trainer import Trainer
 
 WIDTHS = {"hidden_size": 48, "num_heads": 4, "num_classes": 5}
 HEAD = {"depth": 5, "encoder_depth": 3, "decoder_hidden_size": 64, "decoder_num_heads": 4}
@@ -473,3 +475,17 @@ def test_every_site_runs_once_in_a_forward_pass(name):
         model.get_submodule(site).register_forward_hook(lambda *_, site=site: count(site))
     model(*subject(name).inputs(model))
     assert set(calls.values()) == {1}, calls
+
+
+def test_what_is_no_parameter_outlives_fine_tuning_and_export(tmp_path):
+    """The frequencies of converted weights are theirs, read from a run's average or as the start of another."""
+    kind = {"kind": "ddt_head", "hidden_size": 32, "depth": 3, "encoder_depth": 2, "num_heads": 2, "patch_size": 2}
+    recipe = tiny(model={**kind, "decoder_hidden_size": 32, "decoder_num_heads": 2}, **{"train.num_steps": 1})
+    start = Trainer(recipe, tmp_path / "none").networks.model.state_dict()
+    start["time_embedder.frequencies"] = start["time_embedder.frequencies"] + 1
+    Trainer(recipe, tmp_path / "first", init=start).fit()
+    Trainer(recipe, tmp_path / "second", init=tmp_path / "first").fit()
+    for run in ("first", "second"):
+        for weights in ("raw", "ema:0"):
+            model = untwine.load(str(tmp_path / run), weights=weights).model
+            assert torch.equal(model.time_embedder.frequencies, start["time_embedder.frequencies"]), (run, weights)

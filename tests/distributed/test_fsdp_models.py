@@ -21,9 +21,15 @@ from untwine.models import MODELS
 from untwine.models.layers.compile import compile_blocks
 
 WORLD = 2
+SINGLE = {"in_channels": 3, "hidden_size": 32, "depth": 3, "num_heads": 4, "num_classes": 5}
+SPLIT = {**SINGLE, "depth": 4, "encoder_depth": 2}
 OPTIONS = {
-    "ddt": {"in_channels": 3, "hidden_size": 32, "depth": 4, "encoder_depth": 2, "num_heads": 4, "num_classes": 5},
-    "improved_dit": {"in_channels": 3, "hidden_size": 32, "depth": 3, "num_heads": 4, "num_classes": 5},
+    "ddt": SPLIT,
+    "ddt_head": {**SPLIT, "decoder_hidden_size": 48, "decoder_num_heads": 3, "patch_size": 2},
+    "improved_dit": SINGLE,
+    "dit": SINGLE,
+    "sit": SINGLE,
+    "lightningdit": {**SINGLE, "patch_size": 2},
 }
 
 
@@ -96,7 +102,9 @@ CASES: tuple[tuple[str, Callable[[Any], Any], Callable[[Any], Tensor]], ...] = (
     ("ddt", shard, sampled),
     ("ddt", compile_then_shard, sampled),
     ("ddt", shard_then_compile, sampled),
-    ("improved_dit", shard, forward),
+    ("ddt_head", shard, split),
+    ("ddt_head", shard_then_compile, sampled),
+    *((name, shard, forward) for name in ("improved_dit", "dit", "sit", "lightningdit")),
 )
 
 

@@ -22,6 +22,7 @@ from untwine.models import MODELS
 from untwine.pipelines.image import ImagePipeline, provenance
 from untwine.registry import did_you_mean
 from untwine.training import checkpoint
+from untwine.training.networks import saved_buffers
 from untwine.training.posthoc import reconstruct
 from untwine.training.recipe import Recipe
 from untwine.training.trainer import CHECKPOINTS
@@ -190,10 +191,12 @@ def _from_run(folder: Path, weights: str) -> ImagePipeline:
 
 
 def _fill(model: Any, path: Path, weights: str) -> None:
-    """Parameters from a checkpoint: all of them for ``raw``, those that were trained for an average."""
+    """Parameters from a checkpoint, all of them for ``raw``, those that were trained for an average; and buffers."""
     prefix = "model." if weights == "raw" else f"{weights.replace(':', '.')}."
     wanted = {n: p.detach() for n, p in model.named_parameters() if weights == "raw" or p.requires_grad}
-    missing = checkpoint.load_matching(path, {prefix + name: p for name, p in wanted.items()}).reinitialised
+    tensors = {prefix + name: p for name, p in wanted.items()}
+    tensors |= {f"model.{name}": buffer for name, buffer in saved_buffers(model).items()}
+    missing = checkpoint.load_matching(path, tensors).reinitialised
     if missing:
         raise ValueError(f"weights: {path} has no complete {weights!r}; it lacks {list(missing)[:5]}")
 

@@ -128,9 +128,11 @@ class Networks:
             weights: of a checkpoint, ``raw`` or ``ema:k``.
         """
         live = {plain_name(n): p.detach() for n, p in self.model.named_parameters() if "lora_" not in n}
+        fixed = saved_buffers(self.model)
         if isinstance(source, str):
             prefix = "model." if weights == "raw" else f"ema.{weights.removeprefix('ema:')}."
-            found = load_matching(source, {prefix + name: p for name, p in live.items()})
+            wanted = {prefix + name: p for name, p in live.items()} | {f"model.{name}": b for name, b in fixed.items()}
+            found = load_matching(source, wanted)
             report = Report(
                 *(
                     tuple(n.removeprefix(prefix) for n in names if n.startswith(prefix))
@@ -138,7 +140,7 @@ class Networks:
                 )
             )
         else:
-            report = _fill(live, source)
+            report = _fill(live | fixed, source)
         parameters = dict(self.model.named_parameters())
         for average in (*self.averages, *self.tracked):
             for name, tensor in average.tensors().items():
@@ -192,6 +194,12 @@ class Networks:
         for name, role in self.roles.items():
             if role.source is not None:
                 self.averages[int(role.source.removeprefix("ema:"))].copy_to(self.modules[name])
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What a model keeps beside its parameters, such as drawn frequencies; no average is made of it."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def plain_name(name: str) -> str:
