@@ -75,7 +75,7 @@ IN_FILE = {
     "wrong type": ("train.batch_size", "many", ["recipe.train.batch_size", "expected int, got 'many'"]),
     "no steps": ("train.num_steps", "0", ["num_steps must be >= 1, got 0"]),
     "negative steps": ("train.num_steps", "-5", ["num_steps must be >= 1, got -5"]),
-    "unknown kind": ("model.kind", "dtt", ["recipe.model.kind", "unknown model 'dtt'", "did you mean 'ddt'"]),
+    "unknown kind": ("model.kind", "ddtt", ["recipe.model.kind", "unknown model 'ddtt'", "did you mean 'ddt'"]),
     "head split": ("model.hidden_size", "30", ["hidden_size must be a multiple of 4 * num_heads = 8", "30"]),
     "encoder as deep as the model": ("model.encoder_depth", "3", ["encoder_depth must be within", "got 3"]),
     "reversed interval": ("sampling.guidance_interval", "[0.8, 0.3]", ["guidance_interval must be increasing", "0.8"]),
