@@ -115,7 +115,9 @@ def draw(runs: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
     if judged:
         floor = statistics.mean(point["floor"] for run in runs["ddt"] for point in run["distances"])
         axes[1].axhline(floor, color="grey", linestyle="--", linewidth=1)
-        axes[1].annotate("floor: real against real", (0.02, floor), xycoords=("axes fraction", "data"), fontsize=8)
+        axes[1].annotate(
+            "floor: real against real", (0.02, 1.04 * floor), xycoords=("axes fraction", "data"), fontsize=8
+        )
     sheet.suptitle(title, fontsize=10)
     sheet.savefig(path, dpi=120)
 

@@ -123,17 +123,26 @@ def comparison() -> list[str]:
     return [
         f"| {settings['depth']} blocks of width {settings['width']} on {settings['data']['kind']}, "
         f"{settings['steps']} steps, {settings['seeds']} seeds | "
-        "parameters | held-out loss | training loss |",
-        "|---|---|---|---|",
+        "parameters | held-out loss | training loss | FD-EffLite0 (floor) | ms a step |",
+        "|---|---|---|---|---|---|",
         *(
             f"| {name} | {runs[key][0]['parameters']:,} | {means[key]['validation_loss']:.4f} | "
-            f"{means[key]['training_loss']:.4f} |"
+            f"{means[key]['training_loss']:.4f} | {_last_distance(runs[key])} | "
+            f"{1000 * result['step_seconds'][key]['median']:.0f} |"
             for name, key in (("DDT", "ddt"), ("improved DiT", "improved_dit"))
         ),
+        "",
+        "![losses and distances over steps](docs/images/ddt-vs-dit-digits.png)",
         "",
         "Means over seeds; every run and its curve is in `benchmarks/results/ddt_vs_dit.json`. "
         + _source(result, "python benchmarks/ddt_vs_dit.py"),
     ]
+
+
+def _last_distance(runs: list[dict[str, Any]]) -> str:
+    last = [run["distances"][-1] for run in runs]
+    mean, floor = (sum(point[key] for point in last) / len(last) for key in ("fd", "floor"))
+    return f"{mean:.1f} ({floor:.1f})"
 
 
 def checkpoints() -> list[str]:
