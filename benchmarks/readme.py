@@ -264,6 +264,35 @@ def foreign() -> list[str]:
     ]
 
 
+def economy() -> list[str]:
+    """The latent cache, averages, and how wrong a plan is."""
+    cache, averages, plans = (_result(name) for name in ("latent_cache", "speed_optimizer", "plan_check"))
+    ready, taken = cache["batch_ready_images_per_second"], averages["results"]["milliseconds"]
+    names = ("untwine constant", "torch AveragedModel", "diffusers EMAModel")
+    ours, torchs, diffusers = (taken[f"average: {name}"] for name in names)
+    memory, seconds = ([row[key] for row in plans["rows"]] for key in ("memory_error", "time_error"))
+    return [
+        "| economy | measured |",
+        "|---|---|",
+        f"| latent cache, built | {cache['build']['images_per_second']:.0f} images/s, as fast as encoding allows |",
+        f"| batches ready, from the cache | {ready['cache']:.0f} images/s, {ready['pictures']:.0f} with encoding |",
+        f"| training step, from the cache against encoding | {cache['step_speedup']:.1f}x |",
+        f"| update of an average of {averages['results']['parameter_gib']} GiB | "
+        f"{ours:.1f} ms (torch {torchs:.1f}, diffusers {diffusers:.1f}) |",
+        f"| `untwine plan` on {len(memory)} shapes, this CPU: memory | {min(memory):+.0%} to {max(memory):+.0%} |",
+        f"| the same: time, at the efficiency of the first shape | {min(seconds):+.0%} to {max(seconds):+.0%} |",
+        "",
+        "; ".join(
+            _source(result, f"python benchmarks/{script}")
+            for result, script in (
+                (cache, "latent_cache.py"),
+                (averages, "speed.py optimizer"),
+                (plans, "plan_check.py"),
+            )
+        ),
+    ]
+
+
 def style() -> list[str]:
     result = _result("style_transfer")
     settings = result["settings"]
@@ -291,6 +320,7 @@ PARTS = {
     sampling: "sampling_paths",
     sharing: "sharing-ddt-digits",
     foreign: "foreign_caching",
+    economy: "plan_check",
     style: "style_transfer",
     reliability: "kill_resume",
     faults: "faults",
