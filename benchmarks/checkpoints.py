@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -41,8 +42,9 @@ def main() -> None:
     file = RESULTS / "checkpoints.json"
     known = json.loads(file.read_text(encoding="utf-8"))["checkpoints"] if file.is_file() else {}
     values = {name: report.values[name] for name in ("metrics", "floor", "memorisation", "counts", "protocol")}
+    name = re.sub(r"(?<=[:,])root=[^,]*,?", "", options.reference).rstrip(":,")  # where it lies is no part of it
     told = {
-        "reference": options.reference,
+        "reference": name,
         "sampling": samples.report["sampling"],
         "seconds": samples.report["seconds"],
     }

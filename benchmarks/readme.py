@@ -274,7 +274,7 @@ def economy() -> list[str]:
     return [
         "| economy | measured |",
         "|---|---|",
-        f"| latent cache, built | {cache['build']['images_per_second']:.0f} images/s, as fast as encoding allows |",
+        f"| latent cache, built | {cache['build']['images_per_second']:.0f} images/s |",
         f"| batches ready, from the cache | {ready['cache']:.0f} images/s, {ready['pictures']:.0f} with encoding |",
         f"| training step, from the cache against encoding | {cache['step_speedup']:.1f}x |",
         f"| update of an average of {averages['results']['parameter_gib']} GiB | "
