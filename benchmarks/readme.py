@@ -297,18 +297,24 @@ def style() -> list[str]:
     result = _result("style_transfer")
     settings = result["settings"]
     return [
-        f"| style transfer of emoji, {settings['steps']} steps | distance to Twitter's drawing (1 = Google's) | "
-        "closer | held-out loss | size |",
+        f"| style transfer of emoji, {settings['steps']} steps | KID to Twitter's set | distance to Twitter's drawing "
+        "(1 = Google's) | held-out loss | size |",
         "|---|---|---|---|---|",
-        *(
-            f"| {name} | {row['distance']:.3f} +- {row['interval_95']:.3f} | {row['closer']:.0%} | "
-            f"{row['held_out_loss']:.4f} | {row.get('megabytes', 0):.2f} MB |"
-            for name, row in result["models"].items()
-        ),
+        *(_style_row(name, row) for name, row in result["models"].items()),
         "",
         f"{settings['held_out']} held-out emoji redrawn from t = {settings['strength']}. "
         + _source(result, "python benchmarks/style_transfer.py"),
     ]
+
+
+def _style_row(name: str, row: dict[str, float]) -> str:
+    kid = f"{row['kid']:.3f} +- {row['kid_std']:.3f}"
+    if "loss" not in row:
+        return f"| {name} | {kid} | 1 | | |"
+    size = f"{row['megabytes']:.2f} MB" if "megabytes" in row else ""
+    return (
+        f"| {name} | {kid} | {row['distance_to_target']:.3f} +- {row['interval_95']:.3f} | {row['loss']:.4f} | {size} |"
+    )
 
 
 PARTS = {
