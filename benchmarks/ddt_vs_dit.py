@@ -1,18 +1,20 @@
-"""DDT against the improved DiT: equal blocks, width, data, draws and steps.
+"""DDT against the improved DiT, and other backbones: equal blocks, width, data, draws and steps.
 
     python benchmarks/ddt_vs_dit.py                                     digits, 6 blocks of width 48: minutes
     python benchmarks/ddt_vs_dit.py --data fashion --work out/fashion   Fashion-MNIST, 8 blocks of width 128: hours
+    python benchmarks/ddt_vs_dit.py --data fashion --work out/fashion --backbones ddt improved_dit sit ddt_head
 
-Both see the same samples, noise and times. Compared is the held-out loss of the averaged weights on fixed
+All see the same samples, noise and times. Compared is the held-out loss of the averaged weights on fixed
 (image, t, noise) triples, at every validation, against steps, training FLOPs and seconds: the seconds are those of a
 step timed in turn after the runs, on a machine that does nothing else. Beside it the Frechet distance of
-EfficientNet-Lite0 features of ``--judged`` samples of each average to the training data, five times a run. With
-``--work`` the runs are kept, and the same command continues them.
+EfficientNet-Lite0 features to the training data, of 1000 samples at the end and, on digits, of 300 five times a run.
+With ``--work`` the runs are kept, and the same command continues them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -22,7 +24,10 @@ from typing import Any
 import torch
 from common import ROOT, paired, save
 
+import untwine
 from untwine.contracts import Condition
+from untwine.evaluation.references import open_reference
+from untwine.evaluation.report import evaluate
 from untwine.plotting import figure
 from untwine.training.metering import read_log
 from untwine.training.recipe import Recipe
@@ -32,27 +37,36 @@ from untwine.training.trainer import Trainer
 DATA: dict[str, dict[str, Any]] = {
     "digits": {
         "data": {"kind": "digits"},
-        **{"width": 48, "depth": 6, "encoder": 4, "patch": 2},
-        **{"held_out": 360, "batch": 64, "parallel": {}},
+        **{"width": 48, "depth": 6, "encoder": 4, "head": 72, "patch": 2},
+        **{"held_out": 360, "batch": 64, "parallel": {}, "judged": 300},
     },
     "fashion": {
         "data": {"kind": "fashion"},
-        **{"width": 128, "depth": 8, "encoder": 6, "patch": 4},
-        **{"held_out": 1000, "batch": 32, "parallel": {"compile": True, "param_dtype": "bfloat16"}},
+        **{"width": 128, "depth": 8, "encoder": 6, "head": 192, "patch": 4},
+        **{"held_out": 1000, "batch": 32, "parallel": {"compile": True, "param_dtype": "bfloat16"}, "judged": 0},
     },
 }
+PROTOCOL = "fd-efflite0-1k"
 STEPS = {"digits": 700, "fashion": 5000}
+BACKBONES = ("ddt", "improved_dit", "sit", "ddt_head")
+COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
 
 
-def recipe(name: str, plan: dict[str, Any], seed: int, steps: int, judged: int = 0) -> Recipe:
-    split = {"encoder_depth": plan["encoder"]} if name == "ddt" else {}
+def model(name: str, plan: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a backbone; the head of ``ddt_head`` is half as wide again as its encoder."""
     shape = {"hidden_size": plan["width"], "depth": plan["depth"], "num_heads": 4, "patch_size": plan["patch"]}
+    split = {"encoder_depth": plan["encoder"]} if name in ("ddt", "ddt_head") else {}
+    head = {"decoder_hidden_size": plan["head"], "decoder_num_heads": 4} if name == "ddt_head" else {}
+    return {"kind": name, **shape, **split, **head}
+
+
+def recipe(name: str, plan: dict[str, Any], seed: int, steps: int) -> Recipe:
     return Recipe.from_dict(
         {
             "name": f"{name}-{seed}",
             "seed": seed,
             "data": plan["data"],
-            "model": {"kind": name, **shape, **split},
+            "model": model(name, plan),
             "optimizer": {"kind": "adamw", "lr": 1e-3},
             "ema": [{"kind": "constant", "decay": 0.995, "warmup": True}],
             "train": {
@@ -63,24 +77,26 @@ def recipe(name: str, plan: dict[str, Any], seed: int, steps: int, judged: int =
                 "log_every": 100,
                 "validate_every": max(100, steps // 10),
                 "save_every": max(100, steps // 20),
-                "evaluate_every": steps // 5 if judged else None,
-                "evaluation": {"protocol": "fd-efflite0-1k", "num_samples": judged or None, "batch_size": 100},
+                "evaluate_every": steps // 5 if plan["judged"] else None,
+                "evaluation": {"protocol": PROTOCOL, "num_samples": plan["judged"] or None, "batch_size": 100},
             },
             "sampling": {"num_inference_steps": 20, "guidance_scale": 1.0},
         }
     )
 
 
-def train(name: str, plan: dict[str, Any], seed: int, steps: int, folder: Path, judged: int) -> dict[str, Any]:
-    trainer = Trainer(recipe(name, plan, seed, steps, judged), folder)
+def train(name: str, plan: dict[str, Any], seed: int, steps: int, folder: Path) -> dict[str, Any]:
+    trainer = Trainer(recipe(name, plan, seed, steps), folder)
     trainer.fit()
-    model: Any = trainer.networks.model
-    step_flops = TRAINING * plan["batch"] * model.flops(trainer.latent_shape)
+    network: Any = trainer.networks.model
+    step_flops = TRAINING * plan["batch"] * network.flops(trainer.latent_shape)
     training, validation = (read_log(folder / "log.jsonl", kind) for kind in ("train", "validation"))
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "step_gflops": step_flops / 1e9,
         "validation_loss": validation[-1]["loss"],
         "training_loss": training[-1]["loss"],
+        **judged(folder, plan),
         "curve": [
             {
                 "step": line["step"],
@@ -96,30 +112,48 @@ def train(name: str, plan: dict[str, Any], seed: int, steps: int, folder: Path, 
     }
 
 
+def judged(folder: Path, plan: dict[str, Any]) -> dict[str, float]:
+    """Distance of a finished run's samples, kept beside it."""
+    file = folder / "judged.json"
+    if not file.is_file():
+        samples = untwine.sample(str(folder), count=1000, seed=0, batch_size=100)
+        reference = open_reference(plan["data"]["kind"])
+        report = evaluate(samples.images, reference, PROTOCOL, cache=folder.parent / "references").values
+        found = {"fd": report["metrics"]["fd"], "kid": report["metrics"]["kid"], "floor": report["floor"]["fd"]}
+        file.write_text(json.dumps(found), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def draw(runs: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
-    """Held-out loss and distance over steps: each seed, and the mean of the seeds."""
-    judged = any(run["distances"] for found in runs.values() for run in found)
-    sheet, axes = figure(2 if judged else 1, size=(10.0 if judged else 5.4, 4.2))
-    panels = [("curve", "validation_loss", "held-out loss"), ("distances", "fd", "Frechet distance (efflite0)")]
-    for panel, (curve, value, label) in zip(axes, panels):
-        for (name, found), color in zip(runs.items(), ("tab:blue", "tab:orange")):
+    """Held-out loss over steps, work and time, and distances over steps: each seed, and the mean of the seeds."""
+    panels = [
+        ("curve", "step", "validation_loss", "optimizer step", "held-out loss"),
+        ("curve", "gflops", "validation_loss", "training GFLOP", "held-out loss"),
+        ("curve", "seconds", "validation_loss", "training seconds", "held-out loss"),
+        ("distances", "step", "fd", "optimizer step", "Frechet distance (efflite0)"),
+    ]
+    found = runs["ddt"]
+    panels = panels if found[0]["distances"] else panels[:3]
+    sheet, axes = figure(len(panels), size=(4.2 * len(panels), 4.0))
+    for panel, (curve, over, value, along, label) in zip(axes, panels):
+        for (name, found), color in zip(runs.items(), COLORS):
             lines = [[point[value] for point in run[curve]] for run in found]
-            steps = [point["step"] for point in found[0][curve]]
+            places = [point[over] for point in found[0][curve]]
             for line in lines:
-                panel.plot(steps, line, color=color, alpha=0.3, linewidth=1)
+                panel.plot(places, line, color=color, alpha=0.3, linewidth=1)
             means = [statistics.mean(values) for values in zip(*lines)]
-            panel.plot(steps, means, color=color, marker="o", markersize=4, label=f"{name}, mean of {len(found)} seeds")
-        panel.set(xlabel="optimizer step", ylabel=label, yscale="log")
+            panel.plot(places, means, color=color, marker="o", markersize=4, label=f"{name}, {len(found)} seeds")
+        panel.set(xlabel=along, ylabel=label, yscale="log")
         panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize=9)
-    if judged:
+    if len(panels) == 4:
         floor = statistics.mean(point["floor"] for run in runs["ddt"] for point in run["distances"])
-        axes[1].axhline(floor, color="grey", linestyle="--", linewidth=1)
-        axes[1].annotate(
+        axes[3].axhline(floor, color="grey", linestyle="--", linewidth=1)
+        axes[3].annotate(
             "floor: real against real", (0.02, 1.04 * floor), xycoords=("axes fraction", "data"), fontsize=8
         )
     sheet.suptitle(title, fontsize=10)
-    sheet.savefig(path, dpi=120)
+    sheet.savefig(path, dpi=110)
 
 
 def training_step(name: str, plan: dict[str, Any], folder: Path) -> Callable[[], None]:
@@ -148,31 +182,31 @@ def with_seconds(runs: dict[str, list[dict[str, Any]]], seconds: dict[str, dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=sorted(DATA), default="digits")
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=BACKBONES[:2])
     parser.add_argument("--steps", type=int, help="default: 700 on digits, 5000 on Fashion-MNIST")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--judged", type=int, default=300, help="samples whose distance is taken; 0 = none")
     parser.add_argument("--work", type=Path, help="keep the runs here, and continue them")
     options = parser.parse_args()
     steps, plan = options.steps or STEPS[options.data], DATA[options.data]
-    runs: dict[str, list[dict[str, Any]]] = {"ddt": [], "improved_dit": []}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in options.backbones}
     with tempfile.TemporaryDirectory(prefix="untwine-") as temporary:
         work = options.work or Path(temporary)
         for seed in range(options.seeds):
             for name, found in runs.items():
-                found.append(train(name, plan, seed, steps, work / f"{name}-{seed}", options.judged))
+                found.append(train(name, plan, seed, steps, work / f"{name}-{seed}"))
         seconds = paired({name: training_step(name, plan, work / "timing") for name in runs}, repeats=15, warmup=3)
     with_seconds(runs, seconds)
     means = {
-        name: {key: statistics.mean(run[key] for run in found) for key in ("validation_loss", "training_loss")}
+        name: {key: statistics.mean(run[key] for run in found) for key in ("validation_loss", "training_loss", "fd")}
         for name, found in runs.items()
     }
-    ratio = {key: means["ddt"][key] / means["improved_dit"][key] for key in means["ddt"]}
+    ratio = {key: means["ddt"][key] / means["improved_dit"][key] for key in ("validation_loss", "training_loss")}
     settings = {**plan, "steps": steps, "seeds": options.seeds}
     result = {"settings": settings, "runs": runs, "means": means, "ddt_over_dit": ratio, "step_seconds": seconds}
-    where = ROOT / "docs" / "images" / f"ddt-vs-dit-{options.data}.png"
-    title = f"DDT and improved DiT, {plan['depth']} blocks of width {plan['width']}, {options.data}"
-    draw(runs, title, where)
-    save("ddt_vs_dit" if options.data == "digits" else f"ddt_vs_dit_{options.data}", result)
+    names = "" if len(runs) == 2 else "-backbones"
+    where = ROOT / "docs" / "images" / f"ddt-vs-dit-{options.data}{names}.png"
+    draw(runs, f"{plan['depth']} blocks of width {plan['width']}, {options.data}", where)
+    save(f"ddt_vs_dit{names.replace('-', '_')}{'' if options.data == 'digits' else '_' + options.data}", result)
 
 
 if __name__ == "__main__":
