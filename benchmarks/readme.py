@@ -118,29 +118,43 @@ def reliability() -> list[str]:
 
 
 def comparison() -> list[str]:
-    result = _result("ddt_vs_dit")
+    return _compared("ddt_vs_dit", "python benchmarks/ddt_vs_dit.py")
+
+
+def comparison_fashion() -> list[str]:
+    return _compared("ddt_vs_dit_fashion", "python benchmarks/ddt_vs_dit.py --data fashion")
+
+
+def _compared(name: str, command: str) -> list[str]:
+    result = _result(name)
     settings, means, runs = result["settings"], result["means"], result["runs"]
+    data = settings["data"]["kind"]
     return [
-        f"| {settings['depth']} blocks of width {settings['width']} on {settings['data']['kind']}, "
+        f"| {settings['depth']} blocks of width {settings['width']} on {data}, "
         f"{settings['steps']} steps, {settings['seeds']} seeds | "
         "parameters | held-out loss | training loss | FD-EffLite0 (floor) | ms a step |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {name} | {runs[key][0]['parameters']:,} | {means[key]['validation_loss']:.4f} | "
+            f"| {title} | {runs[key][0]['parameters']:,} | {_spread(runs[key], 'validation_loss')} | "
             f"{means[key]['training_loss']:.4f} | {_last_distance(runs[key])} | "
             f"{1000 * result['step_seconds'][key]['median']:.0f} |"
-            for name, key in (("DDT", "ddt"), ("improved DiT", "improved_dit"))
+            for title, key in (("DDT", "ddt"), ("improved DiT", "improved_dit"))
         ),
         "",
-        "![losses and distances over steps](docs/images/ddt-vs-dit-digits.png)",
+        f"![losses and distances of both](docs/images/ddt-vs-dit-{data}.png)",
         "",
-        "Means over seeds; every run and its curve is in `benchmarks/results/ddt_vs_dit.json`. "
-        + _source(result, "python benchmarks/ddt_vs_dit.py"),
+        f"Means over seeds, with the lowest and highest loss; every run and its curve is in "
+        f"`benchmarks/results/{name}.json`. " + _source(result, command),
     ]
 
 
+def _spread(runs: list[dict[str, Any]], key: str) -> str:
+    values = [run[key] for run in runs]
+    return f"{sum(values) / len(values):.4f} ({min(values):.4f}-{max(values):.4f})"
+
+
 def _last_distance(runs: list[dict[str, Any]]) -> str:
-    last = [run["distances"][-1] for run in runs]
+    last = [run["distances"][-1] if run["distances"] else run for run in runs]
     mean, floor = (sum(point[key] for point in last) / len(last) for key in ("fd", "floor"))
     return f"{mean:.1f} ({floor:.1f})"
 
@@ -331,6 +345,7 @@ PARTS = {
     reliability: "kill_resume",
     faults: "faults",
     comparison: "ddt_vs_dit",
+    comparison_fashion: "ddt_vs_dit_fashion",
 }
 """part of the README -> the result without which it is left out"""
 

@@ -15,6 +15,7 @@ _LAZY = {
     "ImprovedDiT": "untwine.models.dit",
     "LightningDiT": "untwine.models.lightningdit",
     "SiT": "untwine.models.sit",
+    "TextToImagePipeline": "untwine.pipelines.text_to_image",
     "ModelMixin": "diffusers",  # looked up here when diffusers loads a saved pipeline
     "load": "untwine.pipelines.loading",
     "sample": "untwine.pipelines.loading",
@@ -29,6 +30,7 @@ __all__ = [
     "ImprovedDiT",
     "LightningDiT",
     "SiT",
+    "TextToImagePipeline",
     "Trainer",
     "__version__",
     "from_official",

@@ -127,6 +127,8 @@ class Batch(_TensorValue):
     known: Tensor | None = None
     weight: Tensor | None = None
     """(B,) loss weights"""
+    null: Condition | None = None
+    """what a dropped condition becomes, where a frozen encoder knows it (the encoded empty prompt); else the model's"""
 
 
 @dataclass(frozen=True)

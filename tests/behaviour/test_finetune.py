@@ -145,7 +145,7 @@ def test_the_folder_recipe_takes_any_folder(tmp_path, capsys, layout):
     short = ["--train.num-steps", "1", "--train.batch-size", "4", "--train.validation", "2"]
     assert main(["train", "folder", "--data.root", str(root), "--out", str(tmp_path / "run"), *small, *short]) == 0
     told = capsys.readouterr().out
-    assert ("captions are read, but no model here is conditioned on text yet" in told) == (layout == "captions")
+    assert ("captions are read, but the recipe has no condition" in told) == (layout == "captions")
     pipe = untwine.load(tmp_path / "run")
     assert pipe.latent_shape == (3, 64, 64)
     assert pipe.class_names == (["kind0", "kind1"] if layout == "classes" else [])

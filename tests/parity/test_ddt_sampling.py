@@ -141,8 +141,10 @@ def test_grids_and_coefficients_match_official(case):
     case.check("linear/dalpha", -c.d_alpha)
     case.check("linear/dsigma", -c.d_sigma)
     case.check("linear/dsigma_mul_sigma", -c.d_sigma * c.sigma)
-    case.check("linear/drift_coefficient", -path.drift(t), relative=True)
-    case.check("linear/diffuse_coefficient", -path.diffusion(t), relative=True)
+    drift = path.drift(t) * c.alpha.clamp(min=1e-6) / (c.alpha + 1e-6)  # the official code divides by alpha + 1e-6
+    case.check("linear/drift_coefficient", -drift, relative=True)
+    diffusion = path.diffusion(t) + (path.drift(t) - drift) * c.sigma**2
+    case.check("linear/diffuse_coefficient", -diffusion, relative=True)
 
 
 @pytest.mark.parametrize("case", cases("ddt", klass="lagrange_preint"), ids=str)

@@ -11,10 +11,16 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from untwine.cli.options import brief, parse, show
 
-# How the authors sample for their tables, by network; the guidance interval is in untwine's time.
+# How the authors sample for their tables, by network; guidance intervals are in untwine's time.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "ddt": {"num_inference_steps": 250, "guidance_scale": 2.0, "guidance_interval": [0.0, 0.7], "last_step": 0.04},
-    "dit": {"num_inference_steps": 250, "guidance_scale": 1.5, "solver": {"kind": "ddpm", "variance": "learned"}},
+    "dit": {
+        "num_inference_steps": 250,
+        "guidance_scale": 1.5,
+        "guidance_channels": 3,
+        "solver": {"kind": "ddpm", "variance": "learned"},
+    },
+    "sit": {"num_inference_steps": 250, "guidance_scale": 1.5, "guidance_channels": 3},
 }
 PATHS = {"dit": {"kind": "discrete"}}
 """of networks that are not trained on the linear path"""

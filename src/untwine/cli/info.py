@@ -16,6 +16,7 @@ HOME = Path(__file__).resolve().parent.parent
 TABLES = (
     "untwine.models:MODELS",
     "untwine.codecs:CODECS",
+    "untwine.conditions:CONDITIONS",
     "untwine.encoders:ENCODERS",
     "untwine.adapters:ADAPTERS",
     "untwine.data:DATASETS",
@@ -106,13 +107,19 @@ def _show_checkpoint(name: str) -> None:
     from untwine.pipelines.loading import load
 
     pipe = load(name)
-    names = [f"{i} {text}" if text != str(i) else text for i, text in enumerate(pipe.class_names)]
     facts = {
         "model": f"{type(pipe.model).__name__}, {sum(p.numel() for p in pipe.model.parameters()):,} parameters",
         "samples": f"{pipe.sample_shape} from latents {pipe.latent_shape} by codec {pipe.config['codec']['kind']}",
-        "classes": f"{pipe.num_classes}: {', '.join(names[:20])}" if pipe.num_classes else "none (unconditional)",
+        **_condition(pipe),
         "sampling": brief(to_dict(pipe.sampling)),
         "origin": brief(pipe.origin),
         "options": brief({k: v for k, v in pipe.model.config.items() if not k.startswith("_")}),
     }
     show(f"checkpoint {name}", facts)
+
+
+def _condition(pipe: Any) -> dict[str, str]:
+    if "condition" in pipe.config:
+        return {"text": brief(pipe.config["condition"])}
+    names = [f"{i} {text}" if text != str(i) else text for i, text in enumerate(pipe.class_names)]
+    return {"classes": f"{pipe.num_classes}: {', '.join(names[:20])}" if pipe.num_classes else "none (unconditional)"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from untwine.cli.options import brief, parse_known
 
@@ -24,6 +24,12 @@ class SampleOptions:
     """number of images"""
     labels: tuple[int, ...] = ()
     """classes to draw, repeated in turn; default: all of them"""
+    prompt: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT")] = ()
+    """of a model of texts; may be given several times, and they come in turn; default: a few of its captions"""
+    negative_prompt: Annotated[str | None, arg(metavar="TEXT")] = None
+    """what guidance leads away from; default: the empty prompt"""
+    text_encoder: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """of a model of texts, where its encoder lies elsewhere than in training"""
     size: Annotated[tuple[int, int] | None, arg(metavar="HEIGHT WIDTH")] = None
     """in pixels; default: as in training"""
     seed: int = 0
@@ -67,7 +73,13 @@ def run(args: list[str]) -> int:
     if options.solver and options.solver not in SOLVERS:
         SOLVERS[options.solver]  # says which there are
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = load(options.checkpoint, weights=options.weights, device=device, dtype=getattr(torch, options.dtype))
+    pipe = load(
+        options.checkpoint,
+        weights=options.weights,
+        device=device,
+        dtype=getattr(torch, options.dtype),
+        text_encoder=options.text_encoder,
+    )
     if options.adapter is not None:
         from untwine.adapters.lora import load_lora
 
@@ -81,6 +93,8 @@ def run(args: list[str]) -> int:
         pipe,
         count=options.count,
         labels=options.labels or None,
+        prompts=options.prompt or None,
+        negative_prompt=options.negative_prompt,
         seed=options.seed,
         batch_size=options.batch_size,
         size=options.size,

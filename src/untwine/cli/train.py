@@ -59,7 +59,7 @@ def run(args: list[str]) -> int:
     )
     try:
         if trainer.processes.is_main:
-            _note_captions(trainer.dataset)
+            _note_captions(trainer)
         if options.dry_run:
             _describe(trainer)
             return 0
@@ -86,9 +86,20 @@ def _source(options: TrainOptions) -> Any:
     return folder
 
 
-def _note_captions(dataset: Any) -> None:
-    if dataset.captions is not None:
-        print(f"{len(dataset)} captions are read, but no model here is conditioned on text yet: training without them")
+def _note_captions(trainer: Any) -> None:
+    if trainer.dataset.captions is not None and trainer.text is None:
+        print(
+            f"{len(trainer.dataset)} captions are read, but the recipe has no condition: {{kind: text}}, and trains "
+            "without them"
+        )
+
+
+def _condition(trainer: Any) -> dict[str, str]:
+    if trainer.text is not None:
+        return {"captions": f"such as {trainer.prompts[0]!r}, by {trainer.text.encoder} in {trainer.text.folder}"}
+    names = trainer.dataset.class_names
+    told = f"{len(names)}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else "none"
+    return {"classes": told}
 
 
 def _rounded(value: float | None) -> str:
@@ -97,16 +108,14 @@ def _rounded(value: float | None) -> str:
 
 def _describe(trainer: Any) -> None:
     recipe, networks = trainer.recipe, trainer.networks
-    size, plan, names = len(trainer.training_set), recipe.train, trainer.dataset.class_names
+    size, plan = len(trainer.training_set), recipe.train
     epochs = plan.num_steps * plan.batch_size / size
     show(
         f"untwine train {recipe.name} (dry run: nothing is trained or written)",
         {
             "folder": trainer.out,
             "data": f"{size} training samples, {len(trainer.held_out)} held out",
-            "classes": f"{len(names)}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
-            if names
-            else "none",
+            **_condition(trainer),
             "model": f"{recipe.model.kind}, {sum(p.numel() for p in networks.model.parameters()):,} parameters",
             "latents": trainer.codec.latent_shape(trainer.dataset.sample_shape),
             "steps": f"{plan.num_steps} of {plan.batch_size} samples: {epochs:.1f} epochs",

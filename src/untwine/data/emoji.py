@@ -51,7 +51,8 @@ METADATA, _FORMAT = "emoji.json", "untwine-emoji-1"
 
 
 class Emoji(Dataset):
-    """Emoji on a white ground. A class is a style and a category, such as ``google/Flags``; the caption is the name.
+    """Emoji on a white ground. A class is a style and a category, such as ``google/Flags``; the caption is the name,
+    such as ``smiling cat face with open mouth``.
 
     The drawings of one emoji, in either style and in all skin tones, are held out together.
 
@@ -59,6 +60,8 @@ class Emoji(Dataset):
         root: the folder that ``untwine data emoji --out FOLDER`` made.
         styles: one or both; the classes of the first come first.
         resolution: side in pixels; the pictures have 64.
+        captions: "name"; or "style": the name alone or with its style (``cat face, google style``), drawn anew each
+            time, so that a model of texts can be told the style and need not be.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Emoji(Dataset):
         root: Path = Path("data/emoji"),
         styles: tuple[Style, ...] = ("google", "twitter"),
         resolution: int = 64,
+        captions: Literal["name", "style"] = "name",
     ) -> None:
         self.root, self.prepare = Path(root), Preparation(resolution)
         if not styles or len(set(styles)) < len(styles) or not set(styles) <= set(LICENCES):
@@ -81,6 +85,8 @@ class Emoji(Dataset):
         self.labels = np.array(classes, np.int64)
         self.groups = np.array([groups[e["base"]] for _, e in drawn], np.int64)
         self.captions = [e["name"] for _, e in drawn]
+        if captions == "style":
+            self.captions = [f"{e['name']}\n{e['name']}, {styles[s]} style" for s, e in drawn]
         self.names = [f"{styles[s]}/{e['image']}" for s, e in drawn]
         self.sample_shape = (3, resolution, resolution)
 

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from untwine.codecs.base import Codec
+from untwine.conditions.text import Text
 from untwine.contracts import Batch, Condition, check_labels
 from untwine.data.base import CorruptImage, Dataset
 from untwine.diffusion.draws import Draws
@@ -59,6 +60,7 @@ class Loader:
         seed: of the order and of augmentation.
         batch_size: samples per update, over all ranks and micro-batches.
         accumulation: micro-batches per update.
+        text: conditions the samples on their captions instead of their labels.
         device: of the batches; ``index`` stays on the host, where random draws are made.
         num_workers: processes that read ahead; 0 reads in this one. The batches are the same.
         start_update: the first update to yield.
@@ -79,6 +81,7 @@ class Loader:
         world_size: int = 1,
         num_workers: int = 0,
         start_update: int = 0,
+        text: Text | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if not len(dataset):
@@ -88,7 +91,7 @@ class Loader:
         _check_division(batch_size, accumulation, world_size, rank)
         if dataset.labels is not None:
             check_labels(torch.from_numpy(dataset.labels), dataset.num_classes)
-        self.dataset, self.codec = dataset, codec
+        self.dataset, self.codec, self.text = dataset, codec, text
         self.draws = Draws(seed)
         self.batch_size, self.accumulation, self.rank, self.world_size = batch_size, accumulation, rank, world_size
         self.num_workers, self.start_update = num_workers, start_update
@@ -158,10 +161,40 @@ class Loader:
             )
 
     def _batch(self, read: _Read) -> Batch:
-        index, labels = torch.tensor(read.counters), self.dataset.labels
-        condition = Condition() if labels is None else Condition(labels=torch.from_numpy(labels[read.positions]))
+        index = torch.tensor(read.counters)
         latents = self.codec.encode(read.x.to(self.device), draws=self.draws, index=index).latents
-        return Batch(latents, condition.to(self.device), index)
+        u = self.draws.uniform("caption", (), index).tolist() if self.text is not None else None
+        return conditioned(latents, index, self.dataset, read.positions, self.text, u)
+
+
+def conditioned(
+    latents: Tensor,
+    index: Tensor,
+    dataset: Dataset,
+    positions: Sequence[int] | np.ndarray,
+    text: Text | None = None,
+    u: Sequence[float] | None = None,
+) -> Batch:
+    """The batch of the samples at ``positions``, under their captions where there is a ``text``, else their labels.
+
+    Args:
+        u: in [0, 1), which line of its caption each sample takes; None = the first.
+    """
+    if text is None:
+        labels = dataset.labels
+        condition = Condition() if labels is None else Condition(labels=torch.from_numpy(labels[positions]))
+        return Batch(latents, condition.to(latents.device), index)
+    chosen = []
+    for lines, v in zip((lines_of(dataset, p) for p in positions), u or [0.0] * len(positions)):
+        chosen.append(lines[int(v * len(lines))])
+    condition, null = text.encode(chosen, cut=True), text.null(len(chosen))
+    return Batch(latents, condition.to(latents.device), index, null=null.to(latents.device))
+
+
+def lines_of(dataset: Dataset, position: int) -> list[str]:
+    """The alternatives that the caption of a sample offers, one a line."""
+    assert dataset.captions is not None
+    return dataset.captions[position].splitlines() or [""]
 
 
 @dataclass

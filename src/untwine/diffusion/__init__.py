@@ -17,6 +17,7 @@ TIME_DRAWS = Registry(
         "uniform": "untwine.diffusion.timesteps:UniformTime",
         "logit_normal": "untwine.diffusion.timesteps:LogitNormalTime",
         "truncated_normal": "untwine.diffusion.timesteps:TruncatedNormalTime",
+        "arctan_normal": "untwine.diffusion.timesteps:ArctanNormalTime",
     },
 )
 SOLVERS = Registry(
@@ -24,6 +25,9 @@ SOLVERS = Registry(
     {
         "euler": "untwine.diffusion.solvers:Euler",
         "heun": "untwine.diffusion.solvers:Heun",
+        "stochastic_heun": "untwine.diffusion.solvers:StochasticHeun",
+        "midpoint": "untwine.diffusion.solvers:Midpoint",
+        "mean_flow": "untwine.diffusion.solvers:MeanFlow",
         "adams_bashforth": "untwine.diffusion.solvers:AdamsBashforth",
         "ddim": "untwine.diffusion.solvers:DDIM",
         "ddpm": "untwine.diffusion.solvers:AncestralDDPM",

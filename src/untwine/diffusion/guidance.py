@@ -1,13 +1,14 @@
 """Guidance as a weighted sum of network branches; a branch of weight 0 is not run.
 
 Classifier-free guidance is ``{cond: w, null: 1 - w}``; an interval, a ramp, a negative prompt, autoguidance and several
-conditions are other weight tables over other branches.
+conditions are other weight tables over other branches. ``cond:base`` is the weight of the second prediction of branch
+``cond``, its output's ``extra["base"]``: internal guidance costs no further call.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,6 +62,26 @@ def classifier_free(scale: float, interval: Interval | None = None) -> Weights:
     return weights
 
 
+def internal_guidance(weights: Weights, scales: Mapping[str, float], interval: Interval | None = None) -> Weights:
+    """``weights`` with each branch replaced by ``base + scale (branch - base)`` (DiffusionBench, arXiv 2606.24888).
+
+    Args:
+        scales: branch -> scale; branches that are not named stay as they are.
+        interval: where it acts; None = everywhere.
+    """
+    if wrong := {name: scale for name, scale in scales.items() if not (math.isfinite(scale) and scale >= 0)}:
+        raise ValueError(f"internal_scale must be finite and >= 0 (1 = no guidance), got {wrong}")
+
+    def guided(at: StepInfo, t: float) -> Mapping[str, float]:
+        table = weights(at, t)
+        if interval is not None and t not in interval:
+            return table
+        found = {name: weight * scales.get(name, 1.0) for name, weight in table.items()}
+        return found | {f"{n}:base": weight * (1 - scales[n]) for n, weight in table.items() if n in scales}
+
+    return guided
+
+
 @dataclass(frozen=True)
 class Branch:
     """One network under one condition."""
@@ -99,6 +120,9 @@ class Guided:
         order: degree of the polynomial in time that forecasts, 0-3; 0 = reuse as it is.
         retime: mix the current time into the reused state (with ``order`` >= 1: into the extrapolated ``hidden``).
         coordinate: the variable of that polynomial as a function of t, strictly monotonic.
+        end: of a network of two times, the time ``r`` at which a step ends; None = the one at which it starts, for
+            which the network predicts the instantaneous velocity.
+        channels: how many of the first channels are guided, the others being the first branch's; None = all.
     """
 
     def __init__(
@@ -111,6 +135,8 @@ class Guided:
         order: int = 0,
         retime: bool = False,
         coordinate: Callable[[float], float] = float,
+        end: Callable[[StepInfo], float] | None = None,
+        channels: int | None = None,
     ) -> None:
         if not branches:
             raise ValueError("branches must name at least one branch")
@@ -119,7 +145,7 @@ class Guided:
         self.weights = weights
         self.path = path
         self.modulation_budget = modulation_budget
-        self.order, self.retime, self.coordinate = order, retime, coordinate
+        self.order, self.retime, self.coordinate, self.end, self.channels = order, retime, coordinate, end, channels
         self.num_evaluations = 0
         """samples sent through a network, counted per branch"""
         self.num_refreshes = 0
@@ -133,28 +159,36 @@ class Guided:
 
     def __call__(self, x: Tensor, t: Tensor, at: StepInfo) -> Prediction:
         weights = self._active(at, float(t))
-        value, kind, variance = None, None, None
+        value, first, kind, variance = None, None, None, None
         for names in self._by_model(weights):
             model = self.branches[names[0]].model
             output = self._run(model, names, x, float(t), at)
             kind = model.predicts
             if variance is None and "variance" in output.extra:
                 variance = output.extra["variance"][: x.shape[0]].float()
-            for name, part in zip(names, output.sample.float().split(x.shape[0])):
-                value = weights[name] * part if value is None else value + weights[name] * part
-        assert value is not None and kind is not None
+            parts = zip(output.sample.split(x.shape[0]), _bases(output, names, weights).split(x.shape[0]))
+            for name, (full, base) in zip(names, parts):
+                first = full.float() if first is None else first
+                for weight, part in zip(weights[name], (full, base)):
+                    if weight:
+                        value = weight * part.float() if value is None else value + weight * part.float()
+        assert value is not None and first is not None and kind is not None
+        if self.channels is not None:
+            value = torch.cat((value[:, : self.channels], first[:, self.channels :]), 1)
         return Prediction(value, kind, x, t, self.path, variance)
 
-    def _active(self, at: StepInfo, t: float) -> dict[str, float]:
+    def _active(self, at: StepInfo, t: float) -> dict[str, tuple[float, float]]:
+        """Branches that count -> the weights of their prediction and of their base's."""
         table = self.weights(at, t)
-        if unknown := set(table) - set(self.branches):
+        if unknown := {name.removesuffix(":base") for name in table} - set(self.branches):
             raise ValueError(f"weights name unknown branches {sorted(unknown)}; known: {sorted(self.branches)}")
-        active = {name: float(table[name]) for name in self.branches if table.get(name, 0.0) != 0.0}
+        pairs = {n: (float(table.get(n, 0.0)), float(table.get(f"{n}:base", 0.0))) for n in self.branches}
+        active = {name: pair for name, pair in pairs.items() if any(pair)}
         if not active:
             raise ValueError(f"weights are all zero at step {at.step}; at least one branch must count")
         return active
 
-    def _by_model(self, names: Mapping[str, float]) -> list[tuple[str, ...]]:
+    def _by_model(self, names: Collection[str]) -> list[tuple[str, ...]]:
         groups: dict[int, list[str]] = {}
         for name in names:
             groups.setdefault(id(self.branches[name].model), []).append(name)
@@ -164,7 +198,7 @@ class Guided:
         self.num_evaluations += len(names)
         if not getattr(model, "decoupled", False):
             _announce(model, at, names)
-            return model(*self._inputs(names, x, t))
+            return model(*self._inputs(names, x, t, at))
         if at.refresh:
             self._refresh(model, names, x, t, at)
         state = self._state(self._shared[id(model)], names, x.shape[0], t, at)
@@ -194,7 +228,7 @@ class Guided:
         needed = set(names).union(*(self._active(info, time) for info, (_, _, time) in zip(served, at.ahead)))
         names = tuple(n for n, b in self.branches.items() if n in needed and b.model is model)
         _announce(model, at, names)
-        state = model.encode(*self._inputs(names, x, t))
+        state = model.encode(*self._inputs(names, x, t, at))
         self.num_refreshes += len(names)
         kept = self._kept(model, names, state, is_reused=len(at.ahead) > 1)
         if kept == "modulations":
@@ -222,12 +256,28 @@ class Guided:
             needed *= branches / len(names) * (1 + (self.order + 2) * 4 / state.tokens.element_size())
         return "modulations" if needed <= self.modulation_budget else "tokens"
 
-    def _inputs(self, names: tuple[str, ...], x: Tensor, t: float) -> tuple[Tensor, Tensor, Condition]:
+    def _inputs(self, names: tuple[str, ...], x: Tensor, t: float, at: StepInfo) -> tuple[Tensor, Tensor, Condition]:
         if names not in self._conditions:
             self._conditions[names] = cat([self.branches[n].condition for n in names])
-        rows = x.shape[0] * len(names)
+        rows, condition = x.shape[0] * len(names), self._conditions[names]
         times = torch.full((rows,), t, dtype=torch.float32, device=x.device)
-        return torch.cat([x] * len(names)), times, self._conditions[names]
+        if "vectors.r" in getattr(self.branches[names[0]].model, "accepts", ()):
+            condition = ending(condition, times if self.end is None else torch.full_like(times, self.end(at)))
+        return torch.cat([x] * len(names)), times, condition
+
+
+def ending(condition: Condition, r: Tensor) -> Condition:
+    """``condition`` of a network of two times, whose step ends at ``r`` (B,)."""
+    return replace(condition, vectors={**condition.vectors, "r": r.float()[:, None, None]})
+
+
+def _bases(output: Output, names: tuple[str, ...], weights: Mapping[str, tuple[float, float]]) -> Tensor:
+    """The second predictions; the first where none counts."""
+    if not any(weights[name][1] for name in names):
+        return output.sample
+    if "base" not in output.extra:
+        raise ValueError("internal_scale: this model has no second prediction; it needs one built with base_depth > 0")
+    return output.extra["base"]
 
 
 def check_order(order: int) -> None:

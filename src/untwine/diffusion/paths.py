@@ -18,8 +18,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from untwine.contracts import PredictionKind
-
 _EPS = 1e-6  # the smallest divisor at the ends of a path, where a conversion has no finite value
 
 
@@ -51,10 +49,19 @@ def _guard(divisor: Tensor) -> Tensor:
     return divisor.clamp(min=_EPS)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Path:
     """A pair of schedules alpha(t), sigma(t). Subclasses give :meth:`at`; everything else follows."""
 
     kinds: ClassVar[str] = "untwine.diffusion:PATHS"
+
+    sigma_floor: float = 0.0
+    """the least sigma by which a velocity is divided: networks that predict x0 are trained and sampled with 0.05 (JiT,
+    arXiv 2511.13720); the velocity's target then shrinks by ``sigma / sigma_floor`` near the data"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sigma_floor < 1:
+            raise ValueError(f"sigma_floor must be within [0, 1), got {self.sigma_floor}")
 
     def at(self, t: Tensor) -> Coefficients:
         """The four coefficients at t, elementwise."""
@@ -63,6 +70,10 @@ class Path:
     def coefficients(self, t: Tensor, x: Tensor) -> Coefficients:
         """The four coefficients at t (), (B,) or (B, T), broadcastable to x."""
         return self.at(expand_time(t, x))
+
+    def snap(self, t: Tensor) -> Tensor:
+        """The times nearest to ``t`` at which samples exist: a chain has levels only."""
+        return t
 
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """``x_t = alpha x0 + sigma noise``."""
@@ -96,7 +107,18 @@ class Path:
         return self.velocity(self.noise_to_x0(noise, x, t), noise, t)
 
     def x0_to_velocity(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        return self.velocity(x0, self.x0_to_noise(x0, x, t), t)
+        """``(sigma' x - det x0) / sigma``, sigma at least ``sigma_floor``: ``(x - x0) / t`` on the linear path."""
+        c = self.coefficients(t, x)
+        return (c.d_sigma * x - c.determinant * x0) / c.sigma.clamp(min=max(self.sigma_floor, _EPS))
+
+    def score_to_noise(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return -self.coefficients(t, x).sigma * score
+
+    def score_to_x0(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return self.noise_to_x0(self.score_to_noise(score, x, t), x, t)
+
+    def score_to_velocity(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return self.noise_to_velocity(self.score_to_noise(score, x, t), x, t)
 
     def noise_to_score(self, noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """``-noise / sigma``, guarded where sigma = 0."""
@@ -108,23 +130,40 @@ class Path:
     def x0_to_score(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
         return self.noise_to_score(self.x0_to_noise(x0, x, t), x, t)
 
-    def convert(self, value: Tensor, x: Tensor, t: Tensor, *, source: PredictionKind, target: str) -> Tensor:
-        """``value`` read as ``source``, expressed as ``target`` (velocity, noise, x0 or score)."""
+    def convert(self, value: Tensor, x: Tensor, t: Tensor, *, source: str, target: str) -> Tensor:
+        """``value`` read as ``source``, expressed as ``target``; both velocity, noise, x0 or score."""
         return value if source == target else getattr(self, f"{source}_to_{target}")(value, x, t)
 
-    def target(self, kind: PredictionKind, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def target(self, kind: str, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What a network that predicts ``kind`` should return."""
-        return {"x0": lambda: x0, "noise": lambda: noise, "velocity": lambda: self.velocity(x0, noise, t)}[kind]()
+        if kind == "velocity":
+            velocity, c = self.velocity(x0, noise, t), self.coefficients(t, x0)
+            return velocity * (c.sigma / self.sigma_floor).clamp(max=1) if self.sigma_floor else velocity
+        return {"x0": lambda: x0, "noise": lambda: noise, "score": lambda: self.noise_to_score(noise, x0, t)}[kind]()
 
     def drift(self, t: Tensor) -> Tensor:
         """``f = alpha' / alpha`` of the forward process ``dx = f x dt + g dw``, guarded where alpha = 0."""
         c = self.at(t)
-        return c.d_alpha / (c.alpha + _EPS)
+        return c.d_alpha / _guard(c.alpha)
 
     def diffusion(self, t: Tensor) -> Tensor:
         """``g^2 / 2 = sigma sigma' - f sigma^2`` of the forward process."""
         c = self.at(t)
         return c.sigma * c.d_sigma - self.drift(t) * c.sigma**2
+
+    def transition(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean factor and variance of ``q(x_t | x_s)``, s < t."""
+        now, before = self.at(t), self.at(s)
+        ratio = now.alpha / before.alpha
+        return ratio, now.sigma**2 - (ratio * before.sigma) ** 2
+
+    def posterior(self, x0: Tensor, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of ``q(x_s | x_t = x, x0)``, s < t (DDPM, arXiv 2006.11239, eq. 7)."""
+        t, s = expand_time(t, x), expand_time(s, x)
+        now, after = self.at(t), self.at(s)
+        ratio, transition = self.transition(t, s)
+        share = (after.sigma / now.sigma) ** 2
+        return ratio * share * x + after.alpha * (transition / now.sigma**2) * x0, transition * share
 
 
 @dataclass(frozen=True)
@@ -161,6 +200,7 @@ class VPPath(Path):
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.beta_min <= self.beta_max:
             raise ValueError(f"beta_min and beta_max must satisfy 0 < min <= max, got {self.beta_min}, {self.beta_max}")
 
@@ -183,12 +223,17 @@ class DiscretePath(Path):
     beta_end: float = 0.02
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_timesteps < 1 or not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"DiscretePath needs num_timesteps >= 1 and 0 < beta_start <= beta_end < 1, got {self}")
 
     def levels(self, t: Tensor) -> Tensor:
         """The integer level ``k = round(t T) - 1``; -1 is data."""
         return torch.round(t * self.num_timesteps).long() - 1
+
+    def snap(self, t: Tensor) -> Tensor:
+        """Up to the next level; uniform times make uniform levels."""
+        return torch.ceil(t * self.num_timesteps - 1e-3).clamp(min=1) / self.num_timesteps
 
     def at(self, t: Tensor) -> Coefficients:
         table = _log_alphas(self).to(t.device)

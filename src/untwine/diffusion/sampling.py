@@ -14,7 +14,15 @@ from torch import Tensor
 
 from untwine.contracts import Condition, Prediction, StepInfo
 from untwine.diffusion.draws import Draws
-from untwine.diffusion.guidance import Branch, Guided, Interval, check_order, classifier_free
+from untwine.diffusion.guidance import (
+    Branch,
+    Guided,
+    Interval,
+    Weights,
+    check_order,
+    classifier_free,
+    internal_guidance,
+)
 from untwine.diffusion.paths import LinearPath, Path
 from untwine.diffusion.solvers import Euler, Solver
 from untwine.diffusion.timesteps import TimeGrid, discrete_grid
@@ -117,9 +125,27 @@ class Sampling:
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] | None = None
-    """(low, high) in untwine's time, open ends; None = everywhere. DDT's published (0.3, 1) is (0, 0.7)"""
+    """(low, high) in untwine's time; None = everywhere. DDT's published (0.3, 1) is (0, 0.7)"""
+    closed_interval: bool = False
+    """whether guidance acts at the ends of the intervals as well (REPA, RAE, DiffusionBench), or between them only"""
+    guidance_channels: int | None = None
+    """guide the first so many channels only (the official DiT and SiT: 3 of 4); None = all"""
+    internal_scale: float = 1.0
+    """internal guidance, of models with a second prediction (``base_depth``): ``base + scale (full - base)``"""
+    internal_null_scale: float | None = None
+    """the same for the null branch; None = as internal_scale"""
+    internal_interval: tuple[float, float] | None = None
+    """where internal guidance acts; None = everywhere"""
     shift: float = 1.0
+    """> 1 spends more steps near noise"""
     last_step: float | None = None
+    """length of the last step before shifting; None = as the others"""
+    grid_start: float = 1.0
+    """the first time, before shifting: 1 is noise (SiT's noise predictors: 0.999)"""
+    grid_end: float = 0.0
+    """the last time, before shifting: 0 is data (RAE: 0.001)"""
+    spacing: Literal["even", "stride"] = "even"
+    """of the levels of a discrete chain: both ends kept, or every so many from the first (``ddimN``)"""
     refresh_every: int = 1
     """recompute the encoder state of a decoupled backbone every so many steps"""
     refresh: tuple[int, ...] | None = None
@@ -137,7 +163,9 @@ class Sampling:
         if isinstance(self.num_inference_steps, bool) or not self.num_inference_steps >= 1:
             raise ValueError(f"num_inference_steps must be an integer >= 1, got {self.num_inference_steps}")
         self.weights(conditional=True)
-        TimeGrid(self.num_inference_steps, self.shift, self.last_step)
+        self._times()
+        if self.guidance_channels is not None and self.guidance_channels < 1:
+            raise ValueError(f"guidance_channels must be >= 1, or None for all, got {self.guidance_channels}")
         if not 1 <= self.refresh_every <= self.num_inference_steps:
             raise ValueError(
                 f"refresh_every must be within [1, num_inference_steps = {self.num_inference_steps}], "
@@ -157,8 +185,11 @@ class Sampling:
         """The times: a chain of discrete levels is respaced, anything else walks :class:`TimeGrid`."""
         num_timesteps = getattr(path, "num_timesteps", None)
         if num_timesteps is not None:
-            return discrete_grid(num_timesteps, self.num_inference_steps)
-        return TimeGrid(self.num_inference_steps, self.shift, self.last_step).times()
+            return discrete_grid(num_timesteps, self.num_inference_steps, self.spacing)
+        return self._times().times()
+
+    def _times(self) -> TimeGrid:
+        return TimeGrid(self.num_inference_steps, self.shift, self.last_step, self.grid_end, self.grid_start)
 
     def coordinate(self, grid: Tensor) -> Callable[[float], float]:
         """What forecasts are polynomials in: t itself, or the position of t on the falling ``grid``."""
@@ -167,10 +198,19 @@ class Sampling:
         progress = (-grid).numpy()
         return lambda t: float(np.interp(-t, progress, np.arange(len(progress))))
 
-    def weights(self, *, conditional: bool) -> Callable[[StepInfo, float], dict[str, float]]:
-        interval = None if self.guidance_interval is None else Interval(*self.guidance_interval)
-        guided = classifier_free(self.guidance_scale, interval)
-        return guided if conditional else (lambda at, t: {"cond": 1.0})  # type: ignore[return-value]
+    def weights(self, *, conditional: bool) -> Weights:
+        """The weight table of the branches ``cond`` and, where the model is conditional, ``null``."""
+        guided: Weights = classifier_free(self.guidance_scale, self._interval(self.guidance_interval))
+        if not conditional:
+            guided = lambda at, t: {"cond": 1.0}  # noqa: E731
+        null_scale = self.internal_scale if self.internal_null_scale is None else self.internal_null_scale
+        if self.internal_scale == null_scale == 1:
+            return guided
+        scales = {"cond": self.internal_scale, "null": null_scale}
+        return internal_guidance(guided, scales, self._interval(self.internal_interval))
+
+    def _interval(self, bounds: tuple[float, float] | None) -> Interval | None:
+        return None if bounds is None else Interval(*bounds, closed=self.closed_interval)
 
 
 @torch.no_grad()
@@ -181,6 +221,7 @@ def sample(
     index: Tensor,
     *,
     draws: Draws,
+    null: Condition | None = None,
     sampling: Sampling | None = None,
     path: Path | None = None,
     refresh: Collection[int] | None = None,
@@ -190,6 +231,7 @@ def sample(
     """Latents (B, *shape) of the images ``index`` (B,), and the denoiser with its counts.
 
     Image k is a function of (seed, k, condition, settings) alone: neither batch size nor rank changes its noise.
+    ``null`` is what guidance leads away from, where the model does not know it: the encoded empty or negative prompt.
     """
     sampling, path = sampling or Sampling(), path or LinearPath()
     grid = sampling.grid(path)
@@ -203,7 +245,8 @@ def sample(
         raise ValueError(
             "forecast_order and retime act between refreshes, and here every step is one; set refresh_every or refresh"
         )
-    guided = guided_by(sampling, model, condition.to(device), grid, path)
+    null = None if null is None else null.to(device)
+    guided = guided_by(sampling, model, condition.to(device), grid, path, null)
     x, noise = noises(draws, shape, index, device=device)
     with _fresh_attachments(model):
         x = integrate(sampling.solver, guided, x, grid, path=path, noise=noise, refresh=refresh, on_step=on_step)
@@ -221,19 +264,24 @@ def noises(
     return draws.normal("sample", shape, index, device=device), step_noise
 
 
-def guided_by(sampling: Sampling, model: Any, condition: Condition, grid: Tensor, path: Path) -> Guided:
-    """The denoiser that ``sampling`` asks for."""
+def guided_by(
+    sampling: Sampling, model: Any, condition: Condition, grid: Tensor, path: Path, null: Condition | None = None
+) -> Guided:
+    """The denoiser that ``sampling`` asks for; ``null`` as in :func:`sample`."""
     branches = {"cond": Branch(model, condition)}
-    if model.accepts:
-        branches["null"] = Branch(model, model.null(condition))
+    is_conditional = bool(model.accepts - {"vectors.r"})
+    if is_conditional:
+        branches["null"] = Branch(model, model.null(condition) if null is None else null)
     return Guided(
         branches,
-        sampling.weights(conditional=bool(model.accepts)),
+        sampling.weights(conditional=is_conditional),
         path=path,
         modulation_budget=sampling.modulation_budget_mib * 2**20,
         order=sampling.forecast_order,
         retime=sampling.retime,
         coordinate=sampling.coordinate(grid),
+        end=(lambda at: float(grid[at.step + 1])) if sampling.solver.averages else None,
+        channels=sampling.guidance_channels,
     )
 
 

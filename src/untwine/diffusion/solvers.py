@@ -31,6 +31,8 @@ class Solver:
 
     kinds: ClassVar[str] = "untwine.diffusion:SOLVERS"
     stochastic: ClassVar[bool] = False
+    averages: ClassVar[bool] = False
+    """whether it asks for the mean velocity over a step, which a network of two times predicts"""
 
     def init(self, x: Tensor) -> Memory:
         """What is remembered before the first step."""
@@ -51,35 +53,58 @@ def _is_last(i: int, grid: Tensor) -> bool:
     return i == len(grid) - 2
 
 
+Rule = Literal["ode", "sde", "mean", "preserve"]
+DIFFUSIONS: dict[str, Callable[[Path, Tensor], Tensor]] = {
+    "sigma": lambda path, t: path.at(t).sigma,
+    "time": lambda path, t: t,
+    "one": lambda path, t: torch.ones_like(t),
+    "forward": lambda path, t: path.diffusion(t),
+    "decreasing": lambda path, t: 0.25 * (1 - torch.cos(math.pi * t)) ** 2,
+    "middle": lambda path, t: torch.sin(math.pi * t) ** 2,
+}
+"""w(t) of the reverse SDE. SiT calls them sigma, linear, constant, SBDM, decreasing and (in)creasing-decreasing; the
+forward process' own is infinite at the noise end of a path that ends in pure noise"""
+
+
 @dataclass(frozen=True)
 class _OnSDE(Solver):
     """Solvers of the reverse SDE ``dx = v dt - w s dt + sqrt(2 w) dW`` (SiT, arXiv 2401.08740, eq. 5), score s.
 
     Rules: ``ode`` is w = 0; ``sde`` as written; ``mean`` without the noise; ``preserve`` with half the drift and half
-    the variance (a variant of the official DDT code).
+    the variance (a variant of the official DDT code); ``tweedie`` jumps to the predicted x0.
     """
 
-    rule: Literal["ode", "sde", "mean", "preserve"] = "ode"
-    weight: Literal["sigma", "one"] = "sigma"
+    rule: Rule = "ode"
+    weight: Literal["sigma", "time", "one", "forward", "decreasing", "middle"] = "sigma"
     """the diffusion weight w(t) >= 0"""
-    last_rule: Literal["ode", "sde", "mean", "preserve"] = "ode"
+    last_rule: Rule | Literal["tweedie"] = "ode"
     """of the last step; the ODE's leaves no fresh noise in the result"""
+    weight_scale: float = 1.0
+    """multiplies w"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight_scale < math.inf:
+            raise ValueError(f"weight_scale must be finite and >= 0, got {self.weight_scale}")
 
     @property
     def stochastic(self) -> bool:
         return any(rule in ("sde", "preserve") for rule in (self.rule, self.last_rule))
+
+    def _weight(self, path: Path, t: Tensor) -> float:
+        return self.weight_scale * float(DIFFUSIONS[self.weight](path, t))
 
     def _advance(
         self, x: Tensor, prediction: Prediction | _Mean, i: int, grid: Tensor, path: Path, noise: Callable[[], Tensor]
     ) -> Tensor:
         """One Euler step by the rule of step i."""
         rule = self.last_rule if _is_last(i, grid) else self.rule
+        if rule == "tweedie":
+            return prediction.x0
         dt = float(grid[i + 1] - grid[i])
         stepped = x + prediction.velocity * dt
         if rule == "ode":
             return stepped
-        weight = float(path.at(grid[i]).sigma) if self.weight == "sigma" else 1.0
-        strength = (0.5 if rule == "preserve" else 1.0) * weight * abs(dt)
+        strength = (0.5 if rule == "preserve" else 1.0) * self._weight(path, grid[i]) * abs(dt)
         drifted = stepped + prediction.score * strength
         return drifted if rule == "mean" else drifted + noise() * (2 * strength) ** 0.5
 
@@ -90,6 +115,32 @@ class Euler(_OnSDE):
 
     def step(self, denoise, x, memory, i, grid, path, noise):
         return self._advance(x, denoise(x, grid[i], 0), i, grid, path, lambda: noise(0)), memory
+
+
+@dataclass(frozen=True)
+class MeanFlow(Solver):
+    """Steps by the mean velocity over the step, which a network of two times predicts (arXiv 2505.13447, eq. 12).
+
+    One to four steps are its purpose; with a network of one time it is Euler's method.
+    """
+
+    averages: ClassVar[bool] = True
+
+    def step(self, denoise, x, memory, i, grid, path, noise):
+        return x + denoise(x, grid[i], 0).velocity * float(grid[i + 1] - grid[i]), memory
+
+
+@dataclass(frozen=True)
+class Midpoint(Solver):
+    """The explicit midpoint rule on the ODE: order 2, two evaluations a step."""
+
+    def evaluations(self, i: int, grid: Tensor, first: bool) -> tuple[tuple[int, float], ...]:
+        return ((0, float(grid[i])), (1, float((grid[i] + grid[i + 1]) / 2)))
+
+    def step(self, denoise, x, memory, i, grid, path, noise):
+        dt = float(grid[i + 1] - grid[i])
+        middle = x + denoise(x, grid[i], 0).velocity * (dt / 2)
+        return x + denoise(middle, (grid[i] + grid[i + 1]) / 2, 1).velocity * dt, memory
 
 
 @dataclass(frozen=True)
@@ -116,11 +167,42 @@ class Heun(_OnSDE):
 
 
 @dataclass(frozen=True)
+class StochasticHeun(_OnSDE):
+    """Heun's method on the SDE as SiT has it: the noise of a step first, then the trapezoid rule on the drift.
+
+    The last step is Euler's, by ``last_rule``.
+    """
+
+    rule: Literal["sde"] = "sde"
+
+    def evaluations(self, i: int, grid: Tensor, first: bool) -> tuple[tuple[int, float], ...]:
+        predictor = (0, float(grid[i]))
+        return (predictor,) if _is_last(i, grid) else (predictor, (1, float(grid[i + 1])))
+
+    def step(self, denoise, x, memory, i, grid, path, noise):
+        if _is_last(i, grid):
+            return self._advance(x, denoise(x, grid[i], 0), i, grid, path, lambda: noise(0)), memory
+
+        def drift(x: Tensor, t: Tensor, stage: int) -> Tensor:
+            prediction = denoise(x, t, stage)
+            return prediction.velocity - self._weight(path, t) * prediction.score
+
+        dt = float(grid[i + 1] - grid[i])
+        x = x + noise(0) * (2 * self._weight(path, grid[i]) * abs(dt)) ** 0.5
+        before = drift(x, grid[i], 0)
+        return x + (before + drift(x + before * dt, grid[i + 1], 1)) * (dt / 2), memory
+
+
+@dataclass(frozen=True)
 class _Mean:
-    """The mean of two predictions, read as velocity or score."""
+    """The mean of two predictions."""
 
     first: Prediction
     second: Prediction
+
+    @property
+    def x0(self) -> Tensor:
+        return (self.first.x0 + self.second.x0) / 2
 
     @property
     def velocity(self) -> Tensor:
@@ -216,7 +298,8 @@ class DDIM(Solver):
             x0 = x0.clamp(-self.clip_x0, self.clip_x0)
             eps = path.x0_to_noise(x0, x, grid[i])
         after = path.at(grid[i + 1])
-        std = self.eta * float(_posterior_variance(path, grid, i)) ** 0.5
+        _, variance = path.posterior(x0, x, grid[i], grid[i + 1])
+        std = self.eta * float(variance) ** 0.5
         mean = after.alpha * x0 + (after.sigma**2 - std**2).clamp(min=0).sqrt() * eps
         return (mean + std * noise(0) if std > 0 else mean), memory
 
@@ -236,31 +319,21 @@ class AncestralDDPM(Solver):
     def step(self, denoise, x, memory, i, grid, path, noise):
         prediction = denoise(x, grid[i], 0)
         x0 = prediction.x0 if self.clip_x0 is None else prediction.x0.clamp(-self.clip_x0, self.clip_x0)
-        now, after = path.at(grid[i]), path.at(grid[i + 1])
-        ratio, transition = _transition(path, grid, i)
-        mean = ratio * (after.sigma / now.sigma) ** 2 * x + after.alpha * (transition / now.sigma**2) * x0
+        mean, variance = path.posterior(x0, x, grid[i], grid[i + 1])
         if _is_last(i, grid):
             return mean, memory
-        return mean + self._std(prediction, path, grid, i) * noise(0), memory
+        _, transition = path.transition(grid[i], grid[i + 1])
+        return mean + self._std(prediction, variance, transition) * noise(0), memory
 
-    def _std(self, prediction: Prediction, path: Path, grid: Tensor, i: int) -> Tensor:
-        _, transition = _transition(path, grid, i)
-        posterior = _posterior_variance(path, grid, i)
+    def _std(self, prediction: Prediction, posterior: Tensor, transition: Tensor) -> Tensor:
         if self.variance == "learned":
             if prediction.variance is None:
                 raise ValueError("variance='learned' needs a model that predicts variance; use 'small' or 'large'")
-            share = (prediction.variance + 1) / 2
-            return torch.exp(0.5 * (share * transition.log() + (1 - share) * posterior.log()))
+            return torch.exp(0.5 * learned_log_variance(prediction.variance, posterior, transition))
         return (posterior if self.variance == "small" else transition).sqrt()
 
 
-def _transition(path: Path, grid: Tensor, i: int) -> tuple[Tensor, Tensor]:
-    """Mean factor and variance of ``q(x_t | x_s)`` for the step from t = grid[i] to s = grid[i + 1]."""
-    now, after = path.at(grid[i]), path.at(grid[i + 1])
-    ratio = now.alpha / after.alpha
-    return ratio, now.sigma**2 - (ratio * after.sigma) ** 2
-
-
-def _posterior_variance(path: Path, grid: Tensor, i: int) -> Tensor:
-    _, transition = _transition(path, grid, i)
-    return transition * (path.at(grid[i + 1]).sigma / path.at(grid[i]).sigma) ** 2
+def learned_log_variance(share: Tensor, posterior: Tensor, transition: Tensor) -> Tensor:
+    """Between two variances in the log domain, ``share`` in [-1, 1] (Improved DDPM, arXiv 2102.09672, eq. 15)."""
+    share = (share + 1) / 2
+    return share * transition.log() + (1 - share) * posterior.log()

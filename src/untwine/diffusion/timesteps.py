@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -41,8 +41,10 @@ class TimeDraw:
 
     kinds: ClassVar[str] = "untwine.diffusion:TIME_DRAWS"
 
-    def sample(self, draws: Draws, index: Tensor, *, device: torch.device | str | None = None) -> Tensor:
-        """(B,) float32 times for the sample counters ``index``."""
+    def sample(
+        self, draws: Draws, index: Tensor, *, device: torch.device | str | None = None, name: str = "t"
+    ) -> Tensor:
+        """(B,) float32 times for the sample counters ``index``; ``name`` is that of the stream."""
         raise NotImplementedError
 
 
@@ -58,8 +60,10 @@ class UniformTime(TimeDraw):
         _check_range(self.low, self.high)
         _check_shift(self.shift)
 
-    def sample(self, draws: Draws, index: Tensor, *, device: torch.device | str | None = None) -> Tensor:
-        u = draws.uniform("t", (), index, device=device)
+    def sample(
+        self, draws: Draws, index: Tensor, *, device: torch.device | str | None = None, name: str = "t"
+    ) -> Tensor:
+        u = draws.uniform(name, (), index, device=device)
         return shift_time(self.low + (self.high - self.low) * u, self.shift)
 
 
@@ -70,18 +74,44 @@ class LogitNormalTime(TimeDraw):
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
+    high: float = 1.0
+    """before the shift, times above it do not occur (RAE: 0.999)"""
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise ValueError(f"std must be > 0, got {self.std}")
+        _check_std(self.std)
         _check_shift(self.shift)
+        _check_range(0.0, self.high)
 
-    def sample(self, draws: Draws, index: Tensor, *, device: torch.device | str | None = None) -> Tensor:
-        return self.transform(draws.normal("t", (), index, device=device))
+    def sample(
+        self, draws: Draws, index: Tensor, *, device: torch.device | str | None = None, name: str = "t"
+    ) -> Tensor:
+        if self.high == 1:
+            return self.transform(draws.normal(name, (), index, device=device))
+        u = draws.uniform(name, (), index).double()
+        highest = torch.special.ndtr((torch.logit(torch.tensor(self.high).double()) - self.mean) / self.std)
+        return self.transform(torch.special.ndtri(u * highest)).float().to(device or "cpu")
 
     def transform(self, normal: Tensor) -> Tensor:
         """Times from standard normal draws."""
         return shift_time(torch.sigmoid(self.mean + self.std * normal), self.shift)
+
+
+@dataclass(frozen=True)
+class ArctanNormalTime(TimeDraw):
+    """``2/pi atan(exp(mean + std n))``: sigma / alpha of the cosine path is log-normal, as it is for a logit-normal
+    time on the linear path (REPA, arXiv 2410.06940, "lognormal")."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_std(self.std)
+
+    def sample(
+        self, draws: Draws, index: Tensor, *, device: torch.device | str | None = None, name: str = "t"
+    ) -> Tensor:
+        normal = draws.normal(name, (), index, device=device)
+        return 2 / math.pi * torch.atan(torch.exp(self.mean + self.std * normal))
 
 
 @dataclass(frozen=True)
@@ -95,15 +125,21 @@ class TruncatedNormalTime(TimeDraw):
 
     def __post_init__(self) -> None:
         _check_range(self.low, self.high)
-        if not self.std > 0:
-            raise ValueError(f"std must be > 0, got {self.std}")
+        _check_std(self.std)
 
-    def sample(self, draws: Draws, index: Tensor, *, device: torch.device | str | None = None) -> Tensor:
-        u = draws.uniform("t", (), index).double()
+    def sample(
+        self, draws: Draws, index: Tensor, *, device: torch.device | str | None = None, name: str = "t"
+    ) -> Tensor:
+        u = draws.uniform(name, (), index).double()
         ends = torch.tensor([self.low, self.high], dtype=torch.float64)
         below, above = torch.special.ndtr((ends - self.mean) / self.std)
         t = self.mean + self.std * torch.special.ndtri(below + (above - below) * u)
         return t.clamp(self.low, self.high).float().to(device or "cpu")
+
+
+def _check_std(std: float) -> None:
+    if not std > 0:
+        raise ValueError(f"std must be > 0, got {std}")
 
 
 def _check_range(low: float, high: float) -> None:
@@ -120,30 +156,48 @@ class TimeGrid:
     shift: float = 1.0
     """> 1 spends more steps near noise"""
     last_step: float | None = None
-    """length of the last step before shifting; None = 1 / num_steps, a uniform grid (DDT: 250 steps, 0.04)"""
+    """length of the last step before shifting; None = as the others, a uniform grid (DDT: 250 steps, 0.04)"""
+    end: float = 0.0
+    """the last time, before shifting (RAE: 0.001)"""
+    start: float = 1.0
+    """the first time, before shifting: below 1 where a network cannot tell x0 from pure noise (SiT: 0.999)"""
 
     def __post_init__(self) -> None:
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ValueError(f"num_steps must be an integer >= 1, got {self.num_steps!r}")
         _check_shift(self.shift)
-        if self.last_step is not None and not 0 < self.last_step <= 1:
-            raise ValueError(f"last_step must be within (0, 1], got {self.last_step}")
+        if not 0 <= self.end < self.start <= 1:
+            raise ValueError(f"start and end must satisfy 0 <= end < start <= 1, got {self.start}, {self.end}")
+        if self.last_step is not None and not 0 < self.last_step <= self.start - self.end:
+            raise ValueError(f"last_step must be within (0, {self.start - self.end}], got {self.last_step}")
 
     def times(self) -> Tensor:
-        """(num_steps + 1,) float64 on the host, from 1 down to 0."""
-        last = 1.0 / self.num_steps if self.last_step is None else self.last_step
-        progress = torch.cat([torch.linspace(0.0, 1.0 - last, self.num_steps), torch.tensor([1.0])])
+        """(num_steps + 1,) float64 on the host, from ``start`` down to ``end``, shifted."""
+        first, end = 1.0 - self.start, 1.0 - self.end
+        last = (end - first) / self.num_steps if self.last_step is None else self.last_step
+        progress = torch.cat([torch.linspace(first, end - last, self.num_steps), torch.tensor([end])])
         progress = progress / (progress + (1 - progress) * self.shift)
         return 1 - progress.double()
 
 
-def discrete_grid(num_timesteps: int, num_steps: int) -> Tensor:
-    """The grid of a chain of ``num_timesteps`` levels respaced to ``num_steps`` even ones, first and last kept.
+def discrete_grid(num_timesteps: int, num_steps: int, spacing: Literal["even", "stride"] = "even") -> Tensor:
+    """The grid of a chain of ``num_timesteps`` levels respaced to ``num_steps``: (num_steps + 1,) float64 times
+    ``(k + 1) / T`` from the top down, then 0 (Improved DDPM, arXiv 2102.09672).
 
-    (num_steps + 1,) float64 times ``(k + 1) / T`` from the top down, then 0 (Improved DDPM, arXiv 2102.09672).
+    Args:
+        spacing: ``even`` keeps the first and the last level; ``stride`` takes every so many levels from the first (the
+            ``ddimN`` of the official DiT).
+
+    Raises:
+        ValueError: where there are fewer levels than steps, or no whole stride gives as many steps.
     """
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"num_steps must be within [1, {num_timesteps}] for this chain, got {num_steps}")
-    stride = (num_timesteps - 1) / (num_steps - 1) if num_steps > 1 else 1.0
-    levels = [round(i * stride) for i in range(num_steps)]
+    if spacing == "stride":
+        levels = next((r for s in range(1, num_timesteps) if len(r := range(0, num_timesteps, s)) == num_steps), None)
+        if levels is None:
+            raise ValueError(f"num_steps: no whole stride over {num_timesteps} levels makes {num_steps} steps")
+    else:
+        stride = (num_timesteps - 1) / (num_steps - 1) if num_steps > 1 else 1.0
+        levels = [round(i * stride) for i in range(num_steps)]
     return torch.tensor([(k + 1) / num_timesteps for k in reversed(levels)] + [0.0], dtype=torch.float64)

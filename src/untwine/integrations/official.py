@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from untwine.models import MODELS
+from untwine.codecs import TRAINED
 from untwine.registry import did_you_mean
 
 NETWORKS: Mapping[str, tuple[str, ...]] = {
@@ -31,9 +31,10 @@ NETWORKS: Mapping[str, tuple[str, ...]] = {
     "repa": ("sit",),
     "lightningdit": ("lightningdit",),
     "rae": ("ddt_head", "lightningdit"),
+    "rae-decoder": ("rae",),
     "ddt-head": ("ddt_head", "lightningdit"),
 }
-"""system -> its networks by their name among the models; the first whose own parameter names are there is taken"""
+"""system -> its networks by their name in recipes; the first whose own parameter names are there is taken"""
 PREFIXES = ("ema_denoiser.", "denoiser.")
 """where a Lightning checkpoint keeps the network, averaged weights first"""
 CONTAINERS = ("state_dict", "ema", "model")
@@ -138,10 +139,10 @@ def _network(slug: str, weights: Mapping[str, Tensor], network: str | None) -> t
     if network is not None:
         if network not in names:
             raise ValueError(f"network: {slug} has no {network!r}{did_you_mean(network, list(names))}")
-        return network, MODELS[network]
+        return network, TRAINED[network]
     for name in names:
-        if MODELS[name].is_official(weights, slug):
-            return name, MODELS[name]
+        if TRAINED[name].is_official(weights, slug):
+            return name, TRAINED[name]
     raise ValueError(
         f"state_dict has the parameters of none of {slug}'s networks ({', '.join(names)}); {_likeness(weights)}. Name "
         "the network to see what is missing"
@@ -150,7 +151,7 @@ def _network(slug: str, weights: Mapping[str, Tensor], network: str | None) -> t
 
 def _likeness(weights: Mapping[str, Tensor]) -> str:
     """Which systems' names these are."""
-    fitting = [slug for slug, names in NETWORKS.items() if any(MODELS[n].is_official(weights, slug) for n in names)]
+    fitting = [slug for slug, names in NETWORKS.items() if any(TRAINED[n].is_official(weights, slug) for n in names)]
     if fitting:
         return f"it looks like weights of {' or '.join(fitting)}"
     return f"it begins with {sorted(weights)[:5]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +112,9 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         if c.num_classes < 0:
             raise ValueError(f"num_classes must be 0 (unconditional) or more, got {c.num_classes}")
         self._check_width("hidden_size", c.hidden_size, "num_heads", c.num_heads)
+        self.predicts = c.get("predicts", self.predicts)
+        if self.predicts not in get_args(PredictionKind):
+            raise ValueError(f"predicts must be one of {get_args(PredictionKind)}, got {self.predicts!r}")
         self.time_embedder = self._time_embedder()
         self.label_embedder = LabelEmbedding(c.num_classes, c.hidden_size) if c.num_classes else None
         if not c.num_classes:
@@ -219,15 +222,15 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         chosen = self.accepts if keys is None else frozenset(keys)
         if unknown := chosen - self.accepts:
             raise ValueError(f"keys: {sorted(unknown)} have no null here; {self._accepted()}")
-        self.check_condition(condition)
+        self.check_condition(condition, chosen)
         if condition.labels is None or "labels" not in chosen:
             return condition
         return replace(condition, labels=torch.full_like(condition.labels, self.config.num_classes))
 
-    def check_condition(self, condition: Condition) -> None:
-        """Raises ValueError for missing or unknown entries of ``condition``."""
+    def check_condition(self, condition: Condition, required: frozenset[str] | None = None) -> None:
+        """Raises ValueError for missing (of ``required``, all by default) or unknown entries of ``condition``."""
         given = condition.keys()
-        if missing := self.accepts - given:
+        if missing := (self.accepts if required is None else required) - given:
             raise ValueError(f"condition lacks {sorted(missing)}; {self._accepted()}")
         if unknown := given - self.accepts:
             raise ValueError(f"condition has {sorted(unknown)}, which this model ignores; {self._accepted()}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from untwine.contracts import PredictionKind
 from untwine.models.decoupled import Decoupled
 from untwine.models.layers.embeddings import PatchEmbedding
 from untwine.models.layers.official import DDT_DIALECT
@@ -32,6 +33,7 @@ class DDT(Decoupled):
         num_classes: 0 for an unconditional model, which accepts no condition.
         time_scale, time_origin: the time embedding is of ``time_scale * (t - time_origin)``.
         time_max_period: longest period of the time embedding.
+        predicts: what the output means, "velocity", "noise" or "x0".
     """
 
     SIZES = {  # noqa: RUF012 - a table, read only
@@ -55,6 +57,7 @@ class DDT(Decoupled):
         time_scale: float = 1.0,
         time_origin: float = 0.0,
         time_max_period: float = 10.0,
+        predicts: PredictionKind = "velocity",
     ) -> None:
         super().__init__()
         self._add_trunk()

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from untwine.contracts import Condition, EncoderState, Output
+from untwine.contracts import Condition, EncoderState, Output, PredictionKind
 from untwine.models.conditioning import LightningBackbone
 from untwine.models.ddt_head_official import BENCH_DIALECT, RAE_DIALECT
 from untwine.models.decoupled import Decoupled
@@ -59,7 +59,7 @@ class DDTHead(LightningBackbone, Decoupled):
             image and it, and needs ``conditioning="tokens"``. 0 for none.
         base_depth: encoder blocks below the second prediction, in [1, encoder_depth]; 0 for none.
         patch_size, num_classes, conditioning, norm, qk_norm, mlp, use_rope, num_positions, time_features, time_scale,
-            time_origin, num_time_tokens, num_label_tokens, text_dim, second_time: as
+            time_origin, num_time_tokens, num_label_tokens, text_dim, second_time, predicts: as
             :class:`~untwine.models.lightningdit.LightningDiT`.
     """
 
@@ -103,6 +103,7 @@ class DDTHead(LightningBackbone, Decoupled):
         second_time: bool = False,
         class_token_dim: int = 0,
         base_depth: int = 0,
+        predicts: PredictionKind = "velocity",
     ) -> None:
         super().__init__()
         self._check_width("decoder_hidden_size", decoder_hidden_size, "decoder_num_heads", decoder_num_heads)
@@ -136,7 +137,11 @@ class DDTHead(LightningBackbone, Decoupled):
         c = self.config
         return Packing({"image": (c.in_channels, size, size), "token": (c.class_token_dim,)})
 
-    def _parts_of(self, x: Tensor) -> dict[str, Tensor]:
+    def pack(self, image: Tensor, token: Tensor) -> Tensor:
+        """An image (B, C, H, H) and a class token (B, z) as one sample."""
+        return self.packing(image.shape[-1]).pack({"image": image, "token": token})
+
+    def unpack(self, x: Tensor) -> dict[str, Tensor]:
         """Image (B, C, H, W) and class token (B, z) of a sample; the image alone where there is no token."""
         c = self.config
         if not c.class_token_dim:
@@ -144,10 +149,10 @@ class DDTHead(LightningBackbone, Decoupled):
         return self.packing(isqrt(max(x.shape[-1] - c.class_token_dim, 0) // c.in_channels)).unpack(x)
 
     def _check_sample(self, x: Tensor) -> None:
-        super()._check_sample(self._parts_of(x)["image"])
+        super()._check_sample(self.unpack(x)["image"])
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
-        return super()._grid(self._parts_of(x)["image"])
+        return super()._grid(self.unpack(x)["image"])
 
     def _num_state_tokens(self, x: Tensor) -> int:
         return super()._num_state_tokens(x) + bool(self.config.class_token_dim)
@@ -162,10 +167,10 @@ class DDTHead(LightningBackbone, Decoupled):
         """``tokens`` of the image with the class token in front."""
         if embedder is None:
             return tokens
-        return torch.cat((embedder(self._parts_of(x)["token"])[:, None].to(tokens.dtype), tokens), 1)
+        return torch.cat((embedder(self.unpack(x)["token"])[:, None].to(tokens.dtype), tokens), 1)
 
     def _decoder_sequence(self, x: Tensor) -> Tensor:
-        tokens = self.decoder_embedder(self._parts_of(x)["image"])
+        tokens = self.decoder_embedder(self.unpack(x)["image"])
         return self._with_token(x, tokens, self.class_decoder_embedder)
 
     def _predict(
@@ -186,7 +191,7 @@ class DDTHead(LightningBackbone, Decoupled):
         """Patches, and the class token where there is one, as a sample of the form of x."""
         height, width = (side * self.config.patch_size for side in self._grid(x))
         image = unpatchify(patches, self.config.patch_size, (height, width)).to(x.dtype)
-        return image if token is None else self.packing(height).pack({"image": image, "token": token.to(x.dtype)})
+        return image if token is None else self.pack(image, token.to(x.dtype))
 
     def _block(self, index: int) -> Block:
         c = self.config
@@ -201,7 +206,7 @@ class DDTHead(LightningBackbone, Decoupled):
     def _encoder_sequence(
         self, x: Tensor, t: Tensor, time: Tensor, condition: Condition, context: Context
     ) -> tuple[Tensor, Context]:
-        tokens = self._with_positions(x, self.encoder_embedder(self._parts_of(x)["image"]))
+        tokens = self._with_positions(x, self.encoder_embedder(self.unpack(x)["image"]))
         tokens = self._with_token(x, tokens, self.class_encoder_embedder)
         return self._with_condition(tokens, t, time, condition, context)
 

@@ -21,7 +21,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from untwine.contracts import Condition, Output
+from untwine.contracts import Condition, Output, PredictionKind
 from untwine.models.base import SingleStream
 from untwine.models.layers.block import Block, Context, FinalLayer, Style
 from untwine.models.layers.embeddings import PatchEmbedding, PositionEmbedding, TimestepEmbedding
@@ -61,6 +61,7 @@ class ImprovedDiT(SingleStream):
         time_scale: float = 1.0,
         time_origin: float = 0.0,
         time_max_period: float = 10.0,
+        predicts: PredictionKind = "velocity",
     ) -> None:
         super().__init__()
         self._add_trunk()
@@ -128,6 +129,7 @@ class DiT(SingleStream):
         num_timesteps: levels T of the chain.
         num_positions: tokens of a stored position table, which binds the model to one square grid; 0 for sines and
             cosines, on any grid.
+        predicts: what the output means, "noise", "velocity" or "x0".
     """
 
     predicts = "noise"
@@ -151,6 +153,7 @@ class DiT(SingleStream):
         learn_sigma: bool = True,
         num_timesteps: int = 1000,
         num_positions: int = 0,
+        predicts: PredictionKind = "noise",
     ) -> None:
         super().__init__()
         if num_timesteps < 1:

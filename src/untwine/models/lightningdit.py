@@ -16,7 +16,7 @@ from typing import Any, Literal
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from untwine.contracts import Condition
+from untwine.contracts import Condition, PredictionKind
 from untwine.models.base import SingleStream
 from untwine.models.conditioning import (
     IN_CONTEXT_ARGUMENTS,
@@ -164,9 +164,9 @@ class LightningDiT(LightningBackbone, SingleStream):
         num_time_tokens, num_label_tokens: of conditioning by tokens.
         text_dim: width of the token states in ``condition.tokens["text"]``; 0 for a model without text.
         second_time: whether ``condition.vectors["r"]`` (B, 1, 1) is the time at which a step ends (MeanFlow).
+        predicts: what the output means, "velocity", "noise" or "x0".
     """
 
-    predicts = "velocity"
     SIZES = {  # noqa: RUF012 - a table, read only
         "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
         "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
@@ -197,6 +197,7 @@ class LightningDiT(LightningBackbone, SingleStream):
         num_label_tokens: int = 8,
         text_dim: int = 0,
         second_time: bool = False,
+        predicts: PredictionKind = "velocity",
     ) -> None:
         super().__init__()
         self._add_trunk()

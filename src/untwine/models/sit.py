@@ -13,6 +13,7 @@ from typing import Any
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from untwine.contracts import PredictionKind
 from untwine.models.dit import DIT_DIALECT, STYLE, VIT_ARGUMENTS, DiT, vit_weights, with_positions
 from untwine.models.layers.block import Block
 from untwine.models.layers.embeddings import TimestepEmbedding
@@ -79,6 +80,7 @@ class SiT(DiT):
         num_positions: int = 0,
         time_scale: float = 1.0,
         time_origin: float = 0.0,
+        predicts: PredictionKind = "velocity",
     ) -> None:
         super(DiT, self).__init__()
         self._add_trunk()

@@ -2,4 +2,10 @@
 
 from untwine.registry import Registry
 
-PIPELINES = Registry("pipeline", {"image": "untwine.pipelines.image:ImagePipeline"})
+PIPELINES = Registry(
+    "pipeline",
+    {
+        "image": "untwine.pipelines.image:ImagePipeline",
+        "text_to_image": "untwine.pipelines.text_to_image:TextToImagePipeline",
+    },
+)

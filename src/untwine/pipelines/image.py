@@ -135,17 +135,54 @@ class ImagePipeline(DiffusionPipeline):
         Raises:
             ValueError: for labels, sizes, seeds or settings out of range, before anything is computed.
         """
+        return self._generate(
+            *self._request(class_labels, num_images, first_image),
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            output_type=output_type,
+            return_dict=return_dict,
+            seed=seed,
+            sampling=sampling,
+            size=size,
+            refresh=refresh,
+            plan=plan,
+            on_step=on_step,
+        )
+
+    def _generate(
+        self,
+        index: Tensor,
+        condition: Condition,
+        null: Condition | None = None,
+        *,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        seed: int | None = None,
+        sampling: Sampling | None = None,
+        size: tuple[int, int] | None = None,
+        refresh: Sequence[int] | None = None,
+        plan: SharingPlan | str | FilePath | None = None,
+        on_step: Callable[[StepInfo, Tensor], bool | None] | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """The images ``index`` (B,) under ``condition``, guided away from ``null`` (default: the model's own).
+
+        Everything else is as in :meth:`__call__`.
+        """
         self._check_output(output_type)
         changes = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         changes = {name: value for name, value in changes.items() if value is not None}
         settings = self.settings(sampling, plan, refresh=refresh, **changes)
-        index, condition = self._request(class_labels, num_images, first_image)
         latents, guided = sample(
             self.model,
             condition,
             self._shape(size),
             index,
             draws=_draws(generator, seed, len(index)),
+            null=null,
             sampling=settings,
             path=self.path,
             on_step=on_step,
@@ -228,11 +265,13 @@ class ImagePipeline(DiffusionPipeline):
                 f"got num_images={num_images}, {count} labels, first_image={first_image}"
             )
         index = torch.arange(first_image, first_image + count)
-        if not self.num_classes:
-            return index, Condition()
         if labels is None:
-            return index, Condition(labels=index % self.num_classes)
+            return index, self.in_turn(index)[0]
         return index, Condition(labels=check_labels(labels, self.num_classes))
+
+    def in_turn(self, index: Tensor) -> tuple[Condition, Condition | None]:
+        """What image k is conditioned on by default: class ``k mod num_classes``. Its null is the model's own."""
+        return Condition(labels=index % self.num_classes if self.num_classes else None), None
 
 
 class _PerImage:

@@ -20,6 +20,7 @@ from untwine.contracts import check_labels
 from untwine.diffusion.sampling import Sampling
 from untwine.models import MODELS
 from untwine.pipelines.image import ImagePipeline, provenance
+from untwine.pipelines.text_to_image import TextToImagePipeline
 from untwine.registry import did_you_mean
 from untwine.training import checkpoint
 from untwine.training.networks import saved_buffers
@@ -43,6 +44,7 @@ def load(
     weights: str = "ema:0",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    text_encoder: str | Path | None = None,
 ) -> ImagePipeline:
     """A pipeline from a shipped name, a run or checkpoint folder, a saved pipeline or model, or a hub id.
 
@@ -51,20 +53,23 @@ def load(
             ``config.json`` of a single model, whose latents then have no codec; ``owner/name``.
         weights: of a run, ``ema:k``, ``raw``, or ``posthoc:SIGMA`` for the average of that relative width, put
             together from the run's snapshots (``train.ema_snapshots_every``).
+        text_encoder: of a model of texts: folder of its encoder, where that lies elsewhere than in training.
 
     Raises:
         ValueError: for an unknown source, a single file (only ``untwine convert`` opens those), weights that the run
-            lacks, or a model whose parameters are not exactly those of its class.
+            lacks, a text encoder for a model without, or a model whose parameters are not exactly those of its class.
         CheckpointError: for a damaged checkpoint of a run.
     """
     folder = _find(str(source))
+    located = {} if text_encoder is None else {"text_encoder": text_encoder}
     with _quiet_diffusers():
         if (folder / _INDEX).is_file():
-            pipe = _from_saved(folder, dtype)
+            pipe = _from_saved(folder, dtype, located)
         elif (folder / "config.json").is_file() and not (folder / _MANIFEST).is_file():
-            pipe = ImagePipeline(_read_model(folder, _read_json(folder / "config.json").get("_class_name"), dtype))
+            model = _read_model(folder, _read_json(folder / "config.json").get("_class_name"), dtype)
+            pipe = _pipeline({"model": model}, located)
         else:
-            pipe = _from_run(folder, weights).to(dtype=dtype)
+            pipe = _from_run(folder, weights, located).to(dtype=dtype)
         pipe.model.eval().requires_grad_(False)
         return pipe.to(device)  # type: ignore[return-value]
 
@@ -111,15 +116,24 @@ def _quiet_diffusers() -> Iterator[None]:
             settings.enable_progress_bar()
 
 
-def _from_saved(folder: Path, dtype: torch.dtype) -> ImagePipeline:
+def _pipeline(parts: dict[str, Any], located: dict[str, Any]) -> ImagePipeline:
+    """Of texts where the model takes them."""
+    if "tokens.text" in parts["model"].accepts:
+        return TextToImagePipeline(**parts, **located)
+    if located:
+        raise ValueError(f"text_encoder: this {type(parts['model']).__name__} takes no text; leave it out")
+    return ImagePipeline(**{name: part for name, part in parts.items() if name != "condition"})
+
+
+def _from_saved(folder: Path, dtype: torch.dtype, located: dict[str, Any]) -> ImagePipeline:
     """The pipeline of :meth:`ImagePipeline.save_pretrained`."""
     index = _read_json(folder / _INDEX)
     library, name = index.get("model") or (None, None)
-    if index.get("_class_name") != ImagePipeline.__name__ or library != "untwine":
+    if index.get("_class_name") not in (ImagePipeline.__name__, TextToImagePipeline.__name__) or library != "untwine":
         raise ValueError(f"{folder} holds a {index.get('_class_name')}, not an ImagePipeline of untwine")
-    parts = ("codec", "path", "sampling", "latent_shape", "class_names", "origin")
+    parts = ("codec", "path", "sampling", "latent_shape", "class_names", "origin", "condition")
     model = _read_model(folder / "model", name, dtype)
-    return ImagePipeline(model, **{part: index[part] for part in parts if part in index})
+    return _pipeline({"model": model, **{part: index[part] for part in parts if part in index}}, located)
 
 
 def _read_model(folder: Path, name: Any, dtype: torch.dtype) -> Any:
@@ -165,7 +179,7 @@ def open_run(folder: Path, weights: str) -> Path:
     return path
 
 
-def _from_run(folder: Path, weights: str) -> ImagePipeline:
+def _from_run(folder: Path, weights: str, located: dict[str, Any]) -> ImagePipeline:
     path = open_run(folder, "ema:0" if weights.startswith(_POSTHOC) else weights)
     recipe = Recipe.from_dict(checkpoint.read_config(path))
     state = checkpoint.read_state(path)
@@ -179,15 +193,18 @@ def _from_run(folder: Path, weights: str) -> ImagePipeline:
         _fill(model, path, weights)
     if adapter is not None:
         adapter.bake()
-    return ImagePipeline(
-        model,
-        codec=recipe.codec.to_dict(),
-        path=to_dict(recipe.objective.build().path),
-        sampling=to_dict(recipe.sampling),
-        latent_shape=state["latent_shape"],
-        class_names=state["class_names"],
-        origin={"recipe": recipe.name, "step": state["step"], "weights": weights, **provenance()},
-    )
+    origin = {"recipe": recipe.name, "step": state["step"], "weights": weights, **provenance()}
+    parts = {
+        "model": model,
+        "codec": recipe.codec.to_dict(),
+        "path": to_dict(recipe.objective.build().path),
+        "sampling": to_dict(recipe.sampling),
+        "latent_shape": state["latent_shape"],
+        "class_names": state["class_names"],
+        "origin": origin | ({"prompts": state["prompts"]} if state.get("prompts") else {}),
+        "condition": None if recipe.condition is None else recipe.condition.to_dict(),
+    }
+    return _pipeline(parts, located)
 
 
 def _fill(model: Any, path: Path, weights: str) -> None:
@@ -223,6 +240,8 @@ class Samples:
     """(N,) int64"""
     report: dict[str, Any]
     """seconds, network evaluations, settings, seed, versions"""
+    prompts: list[str] | None = None
+    """one per image, of a model of texts"""
 
     @property
     def are_pictures(self) -> bool:
@@ -234,6 +253,8 @@ def sample(
     *,
     count: int = 16,
     labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    negative_prompt: str | None = None,
     seed: int = 0,
     batch_size: int = 64,
     size: tuple[int, int] | None = None,
@@ -247,6 +268,8 @@ def sample(
     Args:
         source: anything :func:`load` takes, or a pipeline.
         labels: one per image, or fewer, repeated in turn.
+        prompts: likewise, for a model of texts; default: those that its checkpoint carries as examples.
+        negative_prompt: what guidance leads away from, instead of the empty prompt.
         size: (height, width) in pixels, where it differs from the training size.
         sampling: all settings; ``changes`` are single fields of it, such as ``guidance_scale=2.0``.
         plan: a sharing plan or its file (``untwine accelerate``), which brings all settings.
@@ -255,24 +278,20 @@ def sample(
     Raises:
         ValueError: for a value out of range, before anything is computed.
     """
-    for name, value in (("count", count), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-    if labels is not None and not len(labels):
-        raise ValueError("labels must name at least one class, got none; leave them out to draw all classes in turn")
+    _check_positive(count=count, batch_size=batch_size)
     pipe = source if isinstance(source, ImagePipeline) else load(source)
     settings = pipe.settings(sampling, plan, **changes)
-    if labels is None and pipe.num_classes:
-        labels = range(pipe.num_classes)
-    elif labels is not None and pipe.num_classes:
-        check_labels(labels, pipe.num_classes)  # all of them now, not each in its batch
-    wanted = None if labels is None else np.resize(np.asarray(labels), count)
+    takes_text = isinstance(pipe, TextToImagePipeline)
+    wanted = (_prompts if takes_text else _labels)(pipe, labels, prompts, negative_prompt)
+    wanted = None if wanted is None else np.resize(wanted, count)
+    request = {"seed": seed, "sampling": settings, "size": size}
+    request |= {"negative_prompt": negative_prompt} if takes_text else {}
     parts, evaluations, refreshes = [], 0, 0
     started = time.perf_counter()
     for first in range(0, count, batch_size):
         part = min(batch_size, count - first)
-        chosen = None if wanted is None else torch.from_numpy(wanted[first : first + part])
-        parts.append(_draw(pipe, chosen, num_images=part, seed=seed, first_image=first, sampling=settings, size=size))
+        chosen = {"num_images": part} if wanted is None else {"wanted": wanted[first : first + part].tolist()}
+        parts.append(_draw(pipe, first_image=first, **chosen, **request))
         evaluations += pipe.last_run["network_evaluations"] * part
         refreshes += pipe.last_run["encoder_passes"] * part
         if on_batch is not None:
@@ -286,7 +305,38 @@ def sample(
         "sampling": to_dict(settings),
         **_circumstances(pipe),
     }
-    return Samples(np.concatenate(parts), None if wanted is None else wanted.astype(np.int64), report)
+    if takes_text:
+        report |= {"prompts": list(wanted), "negative_prompt": negative_prompt}  # type: ignore[arg-type]
+    return Samples(np.concatenate(parts), None if takes_text else wanted, report, report.get("prompts"))
+
+
+def _check_positive(**counts: Any) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+
+
+def _labels(pipe: ImagePipeline, labels: Sequence[int] | None, *texts: str | Sequence[str] | None) -> np.ndarray | None:
+    """The labels that come in turn, checked all at once."""
+    if any(text is not None for text in texts):
+        instead = "give labels" if pipe.num_classes else "it is unconditional"
+        raise ValueError(f"prompts: this {type(pipe.model).__name__} takes no text; {instead}")
+    if labels is not None and not len(labels):
+        raise ValueError("labels must name at least one class, got none; leave them out to draw all classes in turn")
+    if labels is None:
+        return np.arange(pipe.num_classes) if pipe.num_classes else None
+    return check_labels(labels, pipe.num_classes).numpy() if pipe.num_classes else np.asarray(labels)
+
+
+def _prompts(pipe: Any, labels: Any, prompts: Sequence[str] | None, negative: str | None) -> np.ndarray:
+    """The prompts that come in turn, checked all at once."""
+    if labels is not None:
+        raise ValueError(f"labels: this {type(pipe.model).__name__} is conditioned on texts; give prompts instead")
+    found = pipe.example_prompts if prompts is None else [prompts] if isinstance(prompts, str) else list(prompts)
+    if not found:
+        raise ValueError("prompts must be at least one text; this checkpoint carries no examples to draw instead")
+    pipe.text.encode([*found, negative or ""])
+    return np.asarray(found, dtype=object)
 
 
 def _circumstances(pipe: ImagePipeline) -> dict[str, Any]:
@@ -300,8 +350,8 @@ def _circumstances(pipe: ImagePipeline) -> dict[str, Any]:
     }
 
 
-def _draw(pipe: ImagePipeline, labels: torch.Tensor | None, **request: Any) -> np.ndarray:
+def _draw(pipe: ImagePipeline, wanted: list[Any] | None = None, **request: Any) -> np.ndarray:
     if not pipe.makes_pictures:
-        return pipe(labels, output_type="latent", **request).images.cpu().numpy()  # type: ignore[union-attr]
-    images = pipe(labels, output_type="np", **request).images  # type: ignore[union-attr]
+        return pipe(wanted, output_type="latent", **request).images.cpu().numpy()  # type: ignore[union-attr]
+    images = pipe(wanted, output_type="np", **request).images  # type: ignore[union-attr]
     return (np.asarray(images) * 255).round().astype(np.uint8)

@@ -78,5 +78,7 @@ def _metadata(samples: Samples, k: int) -> PngInfo:
     told = {"seed": samples.report["seed"], "image": k, "sampling": samples.report["sampling"]}
     if samples.labels is not None:
         told["label"] = int(samples.labels[k])
+    if samples.prompts is not None:
+        told["prompt"] = samples.prompts[k]
     info.add_text("untwine", json.dumps({**told, "origin": samples.report["origin"]}))
     return info

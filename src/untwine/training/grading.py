@@ -32,7 +32,7 @@ class EvaluationConfig:
 
 
 class Grading:
-    """Draws as many images as the protocol asks for, each always of the same noise and class, and measures them.
+    """Draws as many images as the protocol asks for, always of the same noise and classes or prompts, and judges them.
 
     Raises:
         ValueError: where the data are not pictures, and for a protocol whose encoder cannot be had.

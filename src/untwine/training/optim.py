@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +32,16 @@ SCHEDULES = Registry(
     },
 )
 NamedParams = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What one parameter's hyper-parameters are multiplied with, see :mod:`untwine.training.parametrization`."""
+
+    lr: float = 1.0
+    """of AdamW; a step of Muon, which is orthogonal, is as large in its square root"""
+    weight_decay: float = 1.0
+    eps: float = 1.0
 
 
 class OptimizerSet:
@@ -85,8 +96,11 @@ class OptimizerConfig:
 
     kinds: ClassVar[str] = "untwine.training.optim:OPTIMIZERS"
 
-    def build(self, named_params: NamedParams) -> OptimizerSet:
+    def build(self, named_params: NamedParams, factors: Mapping[str, Factors] = MappingProxyType({})) -> OptimizerSet:
         """The optimizer over those of ``named_params`` that require a gradient, their state zero.
+
+        Args:
+            factors: by name; those of others are 1.
 
         Raises:
             ValueError: where nothing is trainable, or a parameter is not float32 (its moments would not be either).
@@ -110,16 +124,18 @@ class AdamW(OptimizerConfig):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be within [0, 1), got {self.betas}")
 
-    def build(self, named_params: NamedParams) -> OptimizerSet:
+    def build(self, named_params: NamedParams, factors: Mapping[str, Factors] = MappingProxyType({})) -> OptimizerSet:
         names = _trainable(named_params)
-        return OptimizerSet([self._over(list(names))], names)
+        return OptimizerSet([self._over(names, factors)], names)
 
-    def _over(self, params: list[Tensor]) -> Optimizer:
-        decayed = [p for p in params if p.ndim > 1 or self.decay_vectors]
-        plain = [p for p in params if not (p.ndim > 1 or self.decay_vectors)]
-        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    def _over(self, params: Mapping[Tensor, str], factors: Mapping[str, Factors]) -> Optimizer:
+        def group_of(p: Tensor) -> dict[str, float]:
+            factor, decays = factors.get(params[p], Factors()), p.ndim > 1 or self.decay_vectors
+            decay = self.weight_decay * factor.weight_decay if decays else 0.0
+            return {"lr": self.lr * factor.lr, "weight_decay": decay, "eps": self.eps * factor.eps}
+
         member = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            _groups(params, group_of),
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
@@ -154,15 +170,22 @@ class Muon(OptimizerConfig):
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be within [0, 1), got {self.momentum}")
 
-    def build(self, named_params: NamedParams) -> OptimizerSet:
+    def build(self, named_params: NamedParams, factors: Mapping[str, Factors] = MappingProxyType({})) -> OptimizerSet:
         names = _trainable(named_params)
         matrices = [p for p, name in names.items() if p.ndim == 2 and re.search(self.matrices, name)]
         if not matrices:
             raise ValueError(f"matrices: no 2-D parameter matches {self.matrices!r}; name the blocks, or use adamw")
         chosen = set(matrices)
-        others = [p for p in names if p not in chosen]
+        others = {p: name for p, name in names.items() if p not in chosen}
+
+        def group_of(p: Tensor) -> dict[str, float]:
+            # A step of match_rms_adamw has the spectral norm 0.2 sqrt(max(in, out)) lr: muP wants it independent of
+            # the width (arXiv 2310.17813).
+            factor = factors.get(names[p], Factors())
+            return {"lr": self.lr * factor.lr**0.5, "weight_decay": self.weight_decay * factor.weight_decay**0.5}
+
         member = torch.optim.Muon(
-            matrices,
+            _groups(matrices, group_of),
             lr=self.lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
@@ -170,27 +193,35 @@ class Muon(OptimizerConfig):
         )
         for p in matrices:
             member.state[p] = {"momentum_buffer": torch.zeros_like(p)}
-        return OptimizerSet([member, *([self.rest._over(others)] if others else [])], names)
+        return OptimizerSet([member, *([self.rest._over(others, factors)] if others else [])], names)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """What the learning rate is multiplied with: a linear warm-up, then :meth:`_shape`."""
+    """What the learning rate is multiplied with: a linear warm-up, then a hold, then :meth:`_shape`."""
 
     kinds: ClassVar[str] = "untwine.training.optim:SCHEDULES"
 
     warmup_steps: int = 0
+    hold_steps: int = 0
+    """at 1 between the warm-up and the decay"""
+    end_step: int | None = None
+    """where the decay ends, which may lie behind the end of the run; None = at its end"""
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
+        for name in ("warmup_steps", "hold_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.end_step is not None and self.end_step <= self.warmup_steps + self.hold_steps:
+            raise ValueError(f"end_step must be > warmup_steps + hold_steps, got {self.end_step}")
 
     def multiplier(self, step: int, num_steps: int) -> float:
         """For optimizer step ``step``, counted from 0, of ``num_steps``: in [0, 1], the last value beyond the end."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
-        return self._shape(min(1.0, progress))
+        start = self.warmup_steps + self.hold_steps
+        end = num_steps if self.end_step is None else self.end_step
+        return self._shape(min(1.0, max(0.0, (step - start) / max(1, end - start))))
 
     def _shape(self, progress: float) -> float:
         raise NotImplementedError
@@ -249,6 +280,15 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float = math.inf) -> Tens
         for group in (sharded, plain):
             torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
     return total
+
+
+def _groups(params: Iterable[Tensor], group_of: Callable[[Tensor], dict[str, float]]) -> list[dict[str, Any]]:
+    """Parameter groups of equal hyper-parameters, the largest rate and decay first: the rate that is logged."""
+    groups: dict[tuple[float, ...], dict[str, Any]] = {}
+    for p in params:
+        options = group_of(p)
+        groups.setdefault(tuple(options.values()), {"params": [], **options})["params"].append(p)
+    return [groups[key] for key in sorted(groups, reverse=True)]
 
 
 def _trainable(named_params: NamedParams) -> dict[Tensor, str]:

@@ -8,7 +8,7 @@ assumed efficiency, which is the one guess here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from untwine.contracts import Condition
+from untwine.contracts import Condition, Tokens
 from untwine.registry import did_you_mean
 from untwine.training.distributed import Distributed, resolve_strategy
 from untwine.training.networks import Networks
@@ -182,10 +182,22 @@ def _activations(networks: Networks, latent_shape: tuple[int, ...], batch: int) 
 
     held: list[Tensor] = []
     x, t = torch.zeros(batch, *latent_shape), torch.zeros(batch)
-    labels = torch.zeros(batch, dtype=torch.int64) if "labels" in model.accepts else None
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), networks.forward_precision():
-        model(x, t, Condition(labels=labels))
+        model(x, t, _condition(networks.recipe, model.accepts, batch))
     return sum(kept.values())
+
+
+def _condition(recipe: Recipe, accepts: Collection[str], batch: int) -> Condition:
+    """Of the keys that the model accepts."""
+    labels = torch.zeros(batch, dtype=torch.int64) if "labels" in accepts else None
+    vectors = {"r": torch.zeros(batch, 1, 1)} if "vectors.r" in accepts else {}
+    if "tokens.text" not in accepts:
+        return Condition(labels, vectors)
+    if recipe.condition is None:
+        raise ValueError("recipe.model takes text (text_dim), and the recipe has no condition: {kind: text}")
+    shape = batch, recipe.condition.to_dict()["max_tokens"]
+    values = torch.zeros(*shape, recipe.model.options["text_dim"])
+    return Condition(labels, vectors, {"text": Tokens(values, torch.ones(shape, dtype=torch.bool))})
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 from untwine.adapters.base import Adapter
 from untwine.codecs.base import Codec
+from untwine.conditions.text import Text
 from untwine.config import Component, ConfigError, from_dict, load_yaml, to_dict
 from untwine.data.base import Dataset
 from untwine.diffusion.sampling import Sampling
@@ -25,9 +26,9 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
 class Model(nn.Module):
-    """A backbone, chosen by name in a recipe."""
+    """What a recipe trains, chosen by name: a backbone, or the autoencoder of a codec."""
 
-    kinds: ClassVar[str] = "untwine.models:MODELS"
+    kinds: ClassVar[str] = "untwine.codecs:TRAINED"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,8 @@ class Recipe:
     train: TrainConfig
     adapter: Component[Adapter] | None = None
     """parameters to add to a frozen model, which ``--init`` gives; they alone are trained"""
+    condition: Component[Text] | None = None
+    """encodes the captions of the data for a model of texts; null = the model takes the labels, where there are any"""
     seed: int = 0
     codec: Component[Codec] = field(default=Component(Codec.kinds, "identity"))
     objective: Component[Objective] = field(default=Component(Objective.kinds, "flow_matching"))
@@ -120,18 +123,41 @@ class Recipe:
 
 
 def fit_to_data(recipe: Recipe, dataset: Dataset, codec: Codec) -> Recipe:
-    """The recipe with the shape and classes of its data filled into the model, where it need not repeat them.
+    """The recipe with what its data and condition tell filled in, where it need not repeat it: channels, classes and
+    width of the text for the model, the hash of its weights for a text encoder.
 
     Raises:
-        ValueError: where the recipe says otherwise.
+        ValueError: where the recipe says otherwise, and for a condition that data or model do not have.
     """
     facts = {"in_channels": codec.latent_shape(dataset.sample_shape)[0], "num_classes": dataset.num_classes}
     defaults = Component(recipe.model.registry, recipe.model.kind).to_dict()
+    text = None if recipe.condition is None else recipe.condition.build()
+    if text is not None:
+        _check_text(recipe, dataset, takes_text="text_dim" in defaults)
+        recipe = replace(recipe, condition=recipe.condition.replace(sha256=text.fingerprint()))  # type: ignore[union-attr]
+        facts["num_classes"] = 0
+    if "text_dim" in defaults:
+        facts["text_dim"] = 0 if text is None else text.dim
+    facts = {name: value for name, value in facts.items() if name in defaults}  # an autoencoder has none of them
     for name, value in facts.items():
         given = recipe.model.options.get(name, value)
         if given not in (value, defaults.get(name)):
-            raise ValueError(f"recipe.model.{name} is {given}, but the data has {value}; leave it out or correct it")
+            told = "the condition" if name == "text_dim" or (text and name == "num_classes") else "the data"
+            raise ValueError(f"recipe.model.{name} is {given}, but {told} has {value}; leave it out or correct it")
     return replace(recipe, model=recipe.model.replace(**facts))
+
+
+def _check_text(recipe: Recipe, dataset: Dataset, *, takes_text: bool) -> None:
+    if dataset.captions is None:
+        raise ValueError(
+            f"recipe.condition needs data with captions, and this {recipe.data.kind} has none; leave the condition "
+            "out, or give captions (for a folder: x.txt beside x.png, or metadata.jsonl)"
+        )
+    if not takes_text:
+        raise ValueError(
+            f"recipe.condition: a model of kind {recipe.model.kind} takes no text; use ddt_head or lightningdit with "
+            "conditioning: tokens"
+        )
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -153,6 +179,8 @@ def find_recipe(source: str | Path) -> Path:
 FREE = (
     "name",
     "sampling",
+    "condition.encoder",  # the same weights may lie elsewhere
+    "condition.cache_mib",
     "train.num_steps",
     "train.num_workers",
     "train.log_every",

@@ -19,9 +19,10 @@ import torch
 import yaml
 from rich.console import Console
 
+from untwine.conditions.text import Text
 from untwine.contracts import Batch, Loss
 from untwine.data.base import Dataset
-from untwine.data.loading import Loader
+from untwine.data.loading import Loader, lines_of
 from untwine.diffusion.draws import Draws
 from untwine.training import checkpoint
 from untwine.training.checkpoint import Report
@@ -33,7 +34,7 @@ from untwine.training.metering import LossMeter
 from untwine.training.networks import Networks, seeded
 from untwine.training.nonfinite import TrainingDiverged, is_nonfinite, write_dump
 from untwine.training.posthoc import save_snapshot
-from untwine.training.preview import Drawing, Preview
+from untwine.training.preview import Drawing, Preview, prompts_in_turn
 from untwine.training.recipe import Recipe, fit_to_data
 from untwine.training.saving import CHECKPOINTS, Keeper, prepare_folder
 from untwine.training.speed import Speed, flops
@@ -42,6 +43,8 @@ from untwine.training.validation import Validation
 from untwine.training.watching import Watch
 
 logger = logging.getLogger(__name__)
+EXAMPLES = 8
+"""prompts that a checkpoint carries, to sample where none are given"""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,12 @@ class Trainer:
         with seeded(self.recipe.seed):
             self.objective = self.recipe.objective.build()
         self.recipe = fit_to_data(self.recipe, self.dataset, self.codec)
+        self.text: Text | None = None
+        self.prompts: list[str] = []
+        """of the samples drawn during training, which come in turn"""
+        if self.recipe.condition is not None:
+            self.text = self.recipe.condition.build().to(self.processes.device)
+            self.prompts = prompts_in_turn(self.held_out, self.training_set, self.recipe.seed)
         self.networks = Networks(self.recipe, self.objective, self.recipe.model.build, self.processes)
         self.storage: Storage = LOCAL
         self.step = 0
@@ -153,8 +162,15 @@ class Trainer:
     def _prepare(self) -> None:
         """Everything that training needs besides the networks; errors of the recipe come to light here."""
         train, seed, processes = self.recipe.train, self.recipe.seed, self.processes
+        if self.text is not None:
+            self.text.prepare(line for k in range(len(self.dataset)) for line in ("", *lines_of(self.dataset, k)))
         self.validation = Validation(
-            self.held_out, self.codec, seed=seed, batch_size=max(train.batch_size, 256), processes=processes
+            self.held_out,
+            self.codec,
+            seed=seed,
+            batch_size=max(train.batch_size, 256),
+            processes=processes,
+            text=self.text,
         )
         self.preview = Preview(self._drawing("train.sample_every")) if train.sample_every is not None else None
         self.grading = None
@@ -168,7 +184,17 @@ class Trainer:
     def _drawing(self, option: str) -> Drawing:
         path, seed = getattr(self.objective, "path", None), self.recipe.seed
         sampling, processes = self.recipe.sampling, self.processes
-        return Drawing(self.dataset, self.codec, path, sampling, seed=seed, processes=processes, option=option)
+        return Drawing(
+            self.dataset,
+            self.codec,
+            path,
+            sampling,
+            seed=seed,
+            processes=processes,
+            option=option,
+            text=self.text,
+            prompts=self.prompts,
+        )
 
     def _batches(self, signals: StopSignals) -> Iterator[list[Batch]]:
         """The micro-batches of each update, until a signal ends the program."""
@@ -197,6 +223,7 @@ class Trainer:
             world_size=world_size,
             num_workers=self.recipe.train.num_workers,
             start_update=self.step,
+            text=self.text,
             device=self.processes.device,
         )
 
@@ -326,7 +353,8 @@ class Trainer:
         about = {
             "data": self.dataset.fingerprint(),
             "latent_shape": list(self.latent_shape),
-            "class_names": list(self.dataset.class_names),
+            "class_names": [] if self.text is not None else list(self.dataset.class_names),
+            "prompts": self.prompts[:EXAMPLES],
         }
         self.keeper = Keeper(self.out, self.recipe, about, self.storage)
         step = self.keeper.restore(self.networks)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from untwine.codecs.base import Codec
-from untwine.contracts import Batch, Condition
+from untwine.conditions.text import Text
+from untwine.contracts import Batch
 from untwine.data.base import CorruptImage, Dataset
+from untwine.data.loading import conditioned
 from untwine.diffusion.draws import Draws
 from untwine.training.distributed import Distributed
 from untwine.training.metering import LossMeter
@@ -24,11 +26,20 @@ class Validation:
     """Held-out samples, each seen at as many fixed (t, noise) pairs as it takes to make :data:`MIN_TRIPLES`.
 
     The draws of triple k are functions of (seed, k), and the objective runs in evaluation mode: times are uniform and
-    no label is dropped. All processes share the work.
+    no label or caption is dropped; of a caption of several lines the first is taken. All processes share the work.
     """
 
-    def __init__(self, dataset: Dataset, codec: Codec, *, seed: int, batch_size: int, processes: Distributed) -> None:
-        self.dataset, self.codec, self.processes = dataset, codec, processes
+    def __init__(
+        self,
+        dataset: Dataset,
+        codec: Codec,
+        *,
+        seed: int,
+        batch_size: int,
+        processes: Distributed,
+        text: Text | None = None,
+    ) -> None:
+        self.dataset, self.codec, self.processes, self.text = dataset, codec, processes, text
         self.draws = Draws(seed ^ 0x76616C)  # apart from the streams of training
         self.batch_size = max(1, batch_size // processes.world_size)
 
@@ -52,11 +63,8 @@ class Validation:
             yield self._batch(x.to(self.processes.device), index), len(found)
 
     def _batch(self, x: Tensor, index: Tensor) -> Batch:
-        labels = self.dataset.labels
         latents = self.codec.encode(x, draws=self.draws, index=index).latents
-        chosen = (index % len(self.dataset)).numpy()
-        condition = Condition() if labels is None else Condition(labels=torch.from_numpy(labels[chosen]))
-        return Batch(latents, condition.to(x.device), index)
+        return conditioned(latents, index, self.dataset, (index % len(self.dataset)).numpy(), self.text)
 
     @torch.no_grad()
     def measure(

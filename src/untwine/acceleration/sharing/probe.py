@@ -21,6 +21,7 @@ from torch import Tensor
 
 from untwine.contracts import Condition, StepInfo, cat
 from untwine.diffusion.draws import Draws
+from untwine.diffusion.guidance import Guided
 from untwine.diffusion.paths import Path
 from untwine.diffusion.sampling import Sampling, guided_by, integrate, noises
 
@@ -34,8 +35,9 @@ class Subject(Protocol):
     def path(self) -> Path: ...
     @property
     def latent_shape(self) -> tuple[int, ...]: ...
-    @property
-    def num_classes(self) -> int: ...
+    def in_turn(self, index: Tensor) -> tuple[Condition, Condition | None]:
+        """What the images ``index`` (B,) are conditioned on, and their null where the model does not know it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,6 @@ def unshared(sampling: Sampling) -> Sampling:
     return replace(sampling, refresh_every=1, refresh=None, forecast_order=0, retime=False)
 
 
-def condition_of(pipe: Subject, index: Tensor) -> Condition:
-    """Image k is of class ``k mod num_classes``."""
-    labels = index % pipe.num_classes if pipe.num_classes else None
-    return Condition(labels=labels).to(pipe.model.device)
-
-
 def check_subject(pipe: Subject) -> None:
     """Raises ValueError for a model that cannot share, or whose forward is changed by an attachment."""
     name = type(pipe.model).__name__
@@ -69,13 +65,20 @@ def check_subject(pipe: Subject) -> None:
         raise ValueError(f"model: {name} has something attached, which would be measured as well; detach it first")
 
 
+def denoiser(pipe: Subject, sampling: Sampling, index: Tensor) -> Guided:
+    """Of the images ``index`` (B,), conditioned in turn."""
+    condition, null = (None if c is None else c.to(pipe.model.device) for c in pipe.in_turn(index))
+    assert condition is not None
+    return guided_by(sampling, pipe.model, condition, sampling.grid(pipe.path), pipe.path, null)
+
+
 @torch.no_grad()
 def trajectory(pipe: Subject, sampling: Sampling, index: Tensor, *, seed: int = 0) -> list[Evaluation]:
     """The evaluations that open each of the N steps of a fully recomputed run of the images ``index`` (B,)."""
     check_subject(pipe)
     sampling, grid = unshared(sampling), sampling.grid(pipe.path)
     device = pipe.model.device
-    guided = guided_by(sampling, pipe.model, condition_of(pipe, index), grid, pipe.path)
+    guided = denoiser(pipe, sampling, index)
     seen: dict[int, Evaluation] = {}
 
     def denoise(x: Tensor, t: Tensor, at: StepInfo):
@@ -111,8 +114,7 @@ def similarity(
     total = torch.zeros(num_steps, num_steps, dtype=torch.float64)
     for index in _parts(num_images, micro_batch):
         run = trajectory(pipe, sampling, index, seed=seed)
-        condition = condition_of(pipe, index)
-        both = [condition, pipe.model.null(condition)] if pipe.model.accepts else [condition]
+        both = [branch.condition for branch in denoiser(pipe, sampling, index).branches.values()]
         states = torch.stack([_state(pipe.model, e, both).flatten(0, 1).float() for e in run])
         total += gram(states).cpu()
         count += states.shape[1]
@@ -140,12 +142,12 @@ def velocity_error(
         (N, N) float64, 0 on and below the diagonal.
     """
     check_subject(pipe)
-    grid, num_steps = sampling.grid(pipe.path), sampling.num_inference_steps
+    num_steps = sampling.num_inference_steps
     squares = torch.zeros(num_steps, num_steps, dtype=torch.float64)
     for index in _parts(num_images, micro_batch):
         run = trajectory(pipe, sampling, index, seed=seed)
         for j in range(num_steps):
-            guided = guided_by(sampling, pipe.model, condition_of(pipe, index), grid, pipe.path)
+            guided = denoiser(pipe, sampling, index)
             for k in range(max(j % spacing, j - sampling.forecast_order * spacing), j + 1, spacing):
                 ahead = tuple((e.at.step, e.at.stage, float(e.t)) for e in run[k:])
                 guided(run[k].x, run[k].t, replace(run[k].at, refresh=True, ahead=ahead))

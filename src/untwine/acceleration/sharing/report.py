@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from untwine.acceleration.sharing.probe import Subject, check_subject, condition_of, unshared
+from untwine.acceleration.sharing.probe import Subject, check_subject, unshared
 from untwine.diffusion.draws import Draws
 from untwine.diffusion.guidance import Guided
 from untwine.diffusion.sampling import Sampling, sample
@@ -48,7 +48,7 @@ def part_flops(pipe: Subject) -> PartFlops:
     encode, modulate, decode = (FlopCounterMode(display=False) for _ in range(3))
     with sdpa_kernel(SDPBackend.MATH):  # the counter does not know every fused attention
         with encode:
-            state = model.encode(x, times, condition_of(pipe, index))
+            state = model.encode(x, times, pipe.in_turn(index)[0].to(model.device))
         with modulate:
             state = model.modulate(state)
         with decode:
@@ -68,12 +68,14 @@ class Run:
 def run(pipe: Subject, sampling: Sampling, index: Tensor, *, seed: int = 0) -> Run:
     """Samples the images ``index`` (B,), of the classes in turn."""
     started = time.perf_counter()
+    condition, null = pipe.in_turn(index)
     latents, guided = sample(
         pipe.model,
-        condition_of(pipe, index),
+        condition,
         tuple(pipe.latent_shape),
         index,
         draws=Draws(seed),
+        null=null,
         sampling=sampling,
         path=pipe.path,
         device=pipe.model.device,
