@@ -118,6 +118,14 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return -10 * ((a - b) / 2).square().flatten(1).mean(1).log10()
 
 
+def spread(x: Tensor) -> Tensor:
+    return x[:: len(x) // 6][:6]
+
+
+def contrast_first(x: Tensor) -> Tensor:
+    return x[x.flatten(1).std(1).argsort(descending=True)]
+
+
 def sheet(rows: list[Tensor]) -> Image.Image:
     """(B, 3, H, W) in [-1, 1] each, one below the other."""
     lines = [torch.cat(list(row), dim=2) for row in rows]
@@ -148,7 +156,7 @@ def main() -> None:
             for name, x in tensors.items():
                 values = {str(s): psnr(decoded(codec, x, s), x) for s in NOISE}
                 table[name].setdefault(str(tau), []).append({s: float(v.mean()) for s, v in values.items()})
-            shown = torch.cat([x[:: len(x) // 6][:6] for x in tensors.values()])
+            shown = torch.cat([spread(tensors["emoji"]), spread(contrast_first(tensors["photographs"])[:24])])
             rows[tau] = decoded(codec, shown, 0.3)
     gains = {
         name: {str(s): [b[str(s)] - a[str(s)] for a, b in zip(*(of[str(tau)] for tau in TAUS))] for s in NOISE}

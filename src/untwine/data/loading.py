@@ -29,6 +29,7 @@ from untwine.codecs.base import Codec
 from untwine.conditions.text import Text
 from untwine.contracts import Batch, Condition, check_labels
 from untwine.data.base import CorruptImage, Dataset
+from untwine.data.features import FrozenFeatures
 from untwine.diffusion.draws import Draws
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Loader:
         batch_size: samples per update, over all ranks and micro-batches.
         accumulation: micro-batches per update.
         text: conditions the samples on their captions instead of their labels.
+        features: of frozen encoders, to add to each batch.
         device: of the batches; ``index`` stays on the host, where random draws are made.
         num_workers: processes that read ahead; 0 reads in this one. The batches are the same.
         start_update: the first update to yield.
@@ -82,6 +84,7 @@ class Loader:
         num_workers: int = 0,
         start_update: int = 0,
         text: Text | None = None,
+        features: FrozenFeatures | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if not len(dataset):
@@ -91,7 +94,7 @@ class Loader:
         _check_division(batch_size, accumulation, world_size, rank)
         if dataset.labels is not None:
             check_labels(torch.from_numpy(dataset.labels), dataset.num_classes)
-        self.dataset, self.codec, self.text = dataset, codec, text
+        self.dataset, self.codec, self.text, self.features = dataset, codec, text, features
         self.draws = Draws(seed)
         self.batch_size, self.accumulation, self.rank, self.world_size = batch_size, accumulation, rank, world_size
         self.num_workers, self.start_update = num_workers, start_update
@@ -162,9 +165,11 @@ class Loader:
 
     def _batch(self, read: _Read) -> Batch:
         index = torch.tensor(read.counters)
-        latents = self.codec.encode(read.x.to(self.device), draws=self.draws, index=index).latents
+        x = read.x.to(self.device)
+        latents = self.codec.encode(x, draws=self.draws, index=index).latents
         u = self.draws.uniform("caption", (), index).tolist() if self.text is not None else None
-        return conditioned(latents, index, self.dataset, read.positions, self.text, u)
+        batch = conditioned(latents, index, self.dataset, read.positions, self.text, u)
+        return batch if self.features is None else self.features.fill(batch, x, read.positions)
 
 
 def conditioned(

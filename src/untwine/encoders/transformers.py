@@ -1,4 +1,4 @@
-"""Vision transformers through transformers, from a local folder or the hub's cache: DINOv2, SigLIP, CLIP."""
+"""Vision transformers through transformers, from a local folder or the hub: DINOv2, SigLIP, CLIP."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class VisionTransformer(Encoder):
     """Pooled features and patch tokens of a pretrained vision transformer.
 
     Args:
-        path: folder of the checkpoint, or a hub id that is in the cache already; nothing is downloaded.
+        path: folder of the checkpoint, or a hub id, downloaded once.
         side: pixels that pictures are resized to, square; default: the size in the checkpoint's config.
     """
 
@@ -34,13 +34,13 @@ class VisionTransformer(Encoder):
 
     def __init__(self, path: Path | str, side: int | None = None) -> None:
         super().__init__()
-        self.folder = _find(path)
-        self.network = _load(self.folder, self.model_class)
+        self.folder = str(find_checkpoint(path))
+        self.network = load_network(self.folder, self.model_class)
         config = getattr(self.network.config, "vision_config", self.network.config)
         self.side = side or self.default_side or config.image_size
         if self.side % config.patch_size:
             raise ValueError(f"side must be a multiple of the patch size {config.patch_size}, got {self.side}")
-        self.weights_sha256 = _sha256_of_folder(self.folder)
+        self.weights_sha256 = sha256_of_folder(self.folder)
         self.input = f"{self.side} x {self.side} by antialiased bicubic, mean {self.statistics[0]}, std " + str(
             self.statistics[1]
         )
@@ -113,39 +113,73 @@ class CLIP(VisionTransformer):
         return self.network.text_projection(found.pooler_output)
 
 
-def _find(path: Path | str) -> str:
-    """The local folder of a checkpoint."""
-    if Path(path).is_dir():
-        return str(path)
+WANTED = ["*.json", "*.txt", "*.model", "*.safetensors"]
+"""files of a hub repository"""
+
+
+def find_checkpoint(path: Path | str, argument: str = "path", fix: str = "name the folder of a copy") -> Path:
+    """The folder of a checkpoint of transformers: ``path`` itself, else a hub repository, downloaded once.
+
+    Raises:
+        ValueError: where it is neither, or the hub does not give it.
+    """
+    name = str(path)
+    if Path(name).is_dir():
+        return Path(name)
+    owner, _, repository = name.partition("/")
+    if not owner or not repository or "/" in repository or owner[0] in ".~" or Path(owner).exists():
+        raise ValueError(f"{argument}: {name!r} is no folder here, and no hub id owner/name; {fix}")
+    import_transformers()
     from huggingface_hub import snapshot_download
 
-    try:
-        return snapshot_download(str(path), local_files_only=True)
-    except Exception as error:  # the hub's client has many ways to say that a repository is not in its cache
-        raise ValueError(
-            f"path: {str(path)!r} is no local folder, and no repository in the hub's cache; download it first: "
-            f"hf download {path}"
-        ) from error
+    for offline in (True, False):
+        try:
+            return Path(snapshot_download(name, allow_patterns=WANTED, local_files_only=offline))
+        except Exception as error:  # whatever the hub's client raises without a network, a right or a repository
+            if not offline:
+                raise ValueError(
+                    f"{argument}: {name!r} is no folder here, and the hub did not give it: "
+                    f"{str(error).splitlines()[0]}; {fix}"
+                ) from error
+    raise AssertionError
 
 
-def _load(folder: str, name: str) -> Any:
-    """The network of a checkpoint, strictly: transformers would fill missing parameters with random numbers."""
+def import_transformers() -> Any:
+    """The package; ImportError tells how to get it."""
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("vision transformers come with transformers: pip install untwine[metrics]") from error
+        raise ImportError("this encoder comes with transformers: pip install transformers") from error
+    return transformers
+
+
+def load_network(folder: Path | str, name: str, *, argument: str = "path", optional: tuple[str, ...] = ()) -> Any:
+    """The network of a checkpoint, strictly: transformers would fill missing parameters with random numbers.
+
+    Args:
+        name: class of transformers.
+        optional: prefixes of parameters that may be missing.
+    """
+    transformers = import_transformers()
+    from transformers.utils import logging as settings
+
+    bar = settings.is_progress_bar_enabled()
+    settings.disable_progress_bar()
     try:
         network, loading = getattr(transformers, name).from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"path: {folder} cannot be loaded as a {name}: {str(error).splitlines()[0]}") from error
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"path: {folder} holds no complete {name}; it lacks {missing[:5]}")
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{argument}: {folder} cannot be loaded as a {name}: {str(error).splitlines()[0]}") from error
+    finally:
+        if bar:
+            settings.enable_progress_bar()
+    if missing := sorted(key for key in loading["missing_keys"] if not key.startswith(optional)):
+        raise ValueError(f"{argument}: {folder} holds no complete {name}; it lacks {missing[:5]}")
     return network
 
 
-def _sha256_of_folder(folder: str) -> str:
+def sha256_of_folder(folder: Path | str) -> str:
     """One hash of the weights files of a checkpoint, by name."""
     files = sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")])
     return hashlib.sha256(json.dumps([(f.name, sha256_of(f)) for f in files]).encode()).hexdigest()

@@ -53,7 +53,13 @@ class Networks:
     ) -> None:
         self.recipe, self.processes = recipe, processes
         self.roles = {"model": Role(), **objective.networks()}
-        self.modules = {name: self._build(role.init or build_model) for name, role in self.roles.items()}
+        _check_sources(self.roles, len(recipe.ema))
+        self.modules = {
+            name: self._build(role.init or self._parametrized(build_model)) for name, role in self.roles.items()
+        }
+        self.factors = {} if recipe.mup is None else recipe.mup.factors(self.model)
+        with seeded(recipe.seed):
+            objective.bind(self.model)
         self.objective = _moved(objective, processes.device)
         self.adapter: Attached | None = None
         self._parallelize()
@@ -73,6 +79,11 @@ class Networks:
     def _build(self, init: Callable[[], nn.Module]) -> nn.Module:
         with seeded(self.recipe.seed):
             return _moved(init(), self.processes.device)
+
+    def _parametrized(self, build_model: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+        """What builds the model under the recipe's parametrization."""
+        mup = self.recipe.mup
+        return build_model if mup is None else lambda: mup.initialised(build_model())
 
     def _parallelize(self) -> None:
         plan = self.recipe.train.parallel
@@ -99,6 +110,8 @@ class Networks:
         named: dict[str, Tensor] = {f"{network}.{n}": p for n, p in self.modules[network].named_parameters()}
         if network == "model":
             named |= {f"objective.{n}": p for n, p in self.objective.named_parameters()}
+            factors = {f"model.{name}": factor for name, factor in self.factors.items()}
+            return self.recipe.optimizer.build(named, factors)
         return (self.roles[network].optimizer or self.recipe.optimizer).build(named)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -194,6 +207,12 @@ class Networks:
         for name, role in self.roles.items():
             if role.source is not None:
                 self.averages[int(role.source.removeprefix("ema:"))].copy_to(self.modules[name])
+
+
+def _check_sources(roles: Mapping[str, Role], count: int) -> None:
+    for name, role in roles.items():
+        if role.source is not None and int(role.source.removeprefix("ema:")) >= count:
+            raise ValueError(f"ema: the {name} follows {role.source}, and the recipe has {count} averages; add one")
 
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:

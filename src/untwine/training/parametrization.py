@@ -9,20 +9,21 @@ parameter is follows from which of its dimensions grow with the width:
     output   the input alone         0                    1 / m           m
     vector   biases, norms           biases 0, norms 1    1               1
 
-Tables of classes are inputs of deviation 1; modulations are hidden and start non-zero, unlike in DiT. Attention keeps
+Tables of classes have deviation 1. Modulations are hidden, and may start at zero. Attention keeps
 ``1 / sqrt(head width)``, which does not grow.
 
 The reference multiplies what enters the last layer by ``output_scale / m`` and leaves its rate alone. Here the factor
 is part of the weight, which then learns at ``output_scale / m`` times the rate (with AdamW's eps and decay to match):
 the same network at every step, and a trained model is a plain one, whoever loads it.
 
-Differs from the reference (github.com/ML-GSAI/Scaling-Diffusion-Transformers-muP): as said, and Muon is covered.
+Differs from the reference (github.com/ML-GSAI/Scaling-Diffusion-Transformers-muP): as said; modulations start at zero
+unless asked otherwise; Muon is covered. Projectors of an objective, which no published rule covers, keep the base rate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -59,6 +60,9 @@ class MuP:
     """factor of the last layers, a hyper-parameter that transfers as well"""
     scale_decay: bool = True
     """whether decay times rate, not decay, is the same at every width"""
+    zero_modulations: bool = True
+    """whether blocks start as the identity; if not, as in the reference, DDT's decoder, whose modulations are of an
+    unnormalised sum, starts with activations near 100"""
 
     def __post_init__(self) -> None:
         if self.base_width < 1 or not self.output_scale > 0:
@@ -77,7 +81,9 @@ class MuP:
         for prefix, module in model.named_modules():
             for key, p in module.named_parameters(prefix, recurse=False):
                 grows = [a != b for a, b in zip(base[key], twice[key])]
-                rows[key] = self._row(module, tuple(p.shape), base[key], grows)
+                row = self._row(module, tuple(p.shape), base[key], grows)
+                starts_at_zero = self.zero_modulations and key.endswith("adaln.weight")
+                rows[key] = replace(row, std=0.0) if starts_at_zero else row
         return rows
 
     def _row(self, module: nn.Module, shape: tuple[int, ...], base: tuple[int, ...], grows: list[bool]) -> Row:
@@ -100,12 +106,13 @@ class MuP:
         return {name: row.factors for name, row in self.table(model).items()}
 
     @torch.no_grad()
-    def initialise(self, model: Any) -> None:
-        """Draws a new model's parameters anew."""
+    def initialised(self, model: Any) -> Any:
+        """``model`` with its parameters drawn anew."""
         rows = self.table(model)
         for name, p in model.named_parameters():
             if (std := rows[name].std) is not None:
-                nn.init.normal_(p, std=std) if std else nn.init.zeros_(p)
+                nn.init.normal_(p, std=std)
+        return model
 
 
 def resized(config: Mapping[str, Any], width: int) -> dict[str, int]:

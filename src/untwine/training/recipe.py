@@ -21,6 +21,7 @@ from untwine.training.grading import EvaluationConfig
 from untwine.training.loggers import Logger
 from untwine.training.objectives.base import Objective
 from untwine.training.optim import AdamW, ConstantSchedule, OptimizerConfig, Schedule
+from untwine.training.parametrization import MuP
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -97,6 +98,8 @@ class Recipe:
     codec: Component[Codec] = field(default=Component(Codec.kinds, "identity"))
     objective: Component[Objective] = field(default=Component(Objective.kinds, "flow_matching"))
     optimizer: OptimizerConfig = field(default_factory=AdamW)
+    mup: MuP | None = None
+    """learning rates that hold at every width; null = the standard parametrization"""
     schedule: Schedule = field(default_factory=ConstantSchedule)
     ema: tuple[EMAProfile, ...] = (ConstantEMA(),)
     """profile 0 is exported and sampled by default"""

@@ -22,6 +22,7 @@ from rich.console import Console
 from untwine.conditions.text import Text
 from untwine.contracts import Batch, Loss
 from untwine.data.base import Dataset
+from untwine.data.features import FrozenFeatures
 from untwine.data.loading import Loader, lines_of
 from untwine.diffusion.draws import Draws
 from untwine.training import checkpoint
@@ -171,6 +172,7 @@ class Trainer:
             batch_size=max(train.batch_size, 256),
             processes=processes,
             text=self.text,
+            features=FrozenFeatures(self.objective.encoders(), self.held_out),
         )
         self.preview = Preview(self._drawing("train.sample_every")) if train.sample_every is not None else None
         self.grading = None
@@ -224,6 +226,7 @@ class Trainer:
             num_workers=self.recipe.train.num_workers,
             start_update=self.step,
             text=self.text,
+            features=FrozenFeatures(self.objective.encoders(), self.training_set),
             device=self.processes.device,
         )
 

@@ -13,6 +13,7 @@ from untwine.codecs.base import Codec
 from untwine.conditions.text import Text
 from untwine.contracts import Batch
 from untwine.data.base import CorruptImage, Dataset
+from untwine.data.features import FrozenFeatures
 from untwine.data.loading import conditioned
 from untwine.diffusion.draws import Draws
 from untwine.training.distributed import Distributed
@@ -38,8 +39,10 @@ class Validation:
         batch_size: int,
         processes: Distributed,
         text: Text | None = None,
+        features: FrozenFeatures | None = None,
     ) -> None:
-        self.dataset, self.codec, self.processes, self.text = dataset, codec, processes, text
+        self.dataset, self.codec, self.processes = dataset, codec, processes
+        self.text, self.features = text, features
         self.draws = Draws(seed ^ 0x76616C)  # apart from the streams of training
         self.batch_size = max(1, batch_size // processes.world_size)
 
@@ -64,7 +67,9 @@ class Validation:
 
     def _batch(self, x: Tensor, index: Tensor) -> Batch:
         latents = self.codec.encode(x, draws=self.draws, index=index).latents
-        return conditioned(latents, index, self.dataset, (index % len(self.dataset)).numpy(), self.text)
+        positions = (index % len(self.dataset)).numpy()
+        batch = conditioned(latents, index, self.dataset, positions, self.text)
+        return batch if self.features is None else self.features.fill(batch, x, positions)
 
     @torch.no_grad()
     def measure(

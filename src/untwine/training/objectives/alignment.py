@@ -1,8 +1,9 @@
 """Representation alignment (REPA, arXiv 2410.06940): hidden tokens are pulled towards features of the clean image.
 
-``batch.features[name]`` (B, N, z) holds the features of the clean image; a projector maps the tokens after one block
-to them. Published forms: REPA's MLP of three layers and ``-cos``, which DDT (arXiv 2504.05741) writes as ``1 - cos``;
-DiffusionBench's (arXiv 2606.24888) one linear layer and a mean squared error.
+``batch.features[name]`` (B, N, z) holds the features of the clean image, of a given frozen encoder or whatever the
+batch brings; a projector maps the tokens after one block to them. Published forms: REPA's MLP of three layers and
+``-cos``, which DDT (arXiv 2504.05741) writes as ``1 - cos``; DiffusionBench's (arXiv 2606.24888) one linear layer and
+a mean squared error.
 
 Differs from the references: the projector belongs to this term, not to the network, so that exported weights are the
 backbone's alone; in evaluation without features the term is left out.
@@ -17,17 +18,21 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from untwine.codecs.rae_features import FeatureMaps
 from untwine.contracts import Output
-from untwine.training.objectives.base import PathDraw, Term, parts_of
+from untwine.data.features import names_of
+from untwine.training.objectives.base import PathDraw, Term, parts_of, width_at
 
 
 class Alignment(Term):
     """The mean over encoders and tokens of ``-cos(z, target)``, or of the squared error.
 
     Args:
-        width: of the tokens at ``site``.
-        targets: name in ``batch.features`` -> width of its tokens; one projector each.
+        features: the frozen encoder and its sites; their widths, and the model's, are found out. One projector each.
+        targets: instead, name in ``batch.features`` -> width of its tokens, for batches that bring their own.
+        width: of the tokens at ``site``; None = the model's.
         site: whose output is projected, 0-based: REPA's ``encoder_depth`` 8 is ``blocks.7``.
         metric: "cosine", within [-1, 1], or "mse".
         projector: "mlp" of three layers with SiLU, or "linear".
@@ -40,8 +45,9 @@ class Alignment(Term):
     def __init__(
         self,
         *,
-        width: int,
-        targets: dict[str, int],
+        features: FeatureMaps | None = None,
+        targets: dict[str, int] | None = None,
+        width: int | None = None,
         site: str = "blocks.7",
         metric: Literal["cosine", "mse"] = "cosine",
         projector: Literal["mlp", "linear"] = "mlp",
@@ -50,12 +56,33 @@ class Alignment(Term):
         scale: float = 0.5,
     ) -> None:
         super().__init__()
-        if not targets or min(width, projector_width, *targets.values()) < 1:
+        if bool(targets) == (features is not None):
+            raise ValueError(
+                f"targets must name features of the batch, or features a frozen encoder, one of both; got {targets} "
+                f"and {features}"
+            )
+        if min(width or 1, projector_width, *(targets or {}).values()) < 1:
             raise ValueError(f"targets must name features of width >= 1, got {targets} for tokens of width {width}")
         self.scale, self.sites, self.metric, self.class_token = scale, (site,), metric, class_token
-        self.targets = tuple(targets)
-        layers = {"mlp": (width, projector_width, projector_width), "linear": (width,)}[projector]
-        self.projectors = nn.ModuleList(_projector((*layers, z)) for z in targets.values())
+        self.features, self.widths = features, targets or {}
+        self.targets = tuple(self.widths) if features is None else names_of(features)
+        self.hidden = (projector_width, projector_width) if projector == "mlp" else ()
+        self.projectors = nn.ModuleList()
+        if width is not None and self.widths:
+            self._project(width)
+
+    def encoders(self) -> tuple[FeatureMaps, ...]:
+        return () if self.features is None else (self.features,)
+
+    def bind(self, model: nn.Module) -> None:
+        if not self.projectors:
+            if self.features is not None:
+                with unset_fake_temporarily():  # a plan is made without memory, but the encoder has real weights
+                    self.widths = dict(zip(self.targets, (channels for channels, *_ in self.features.shapes())))
+            self._project(width_at(model, self.sites[0]))
+
+    def _project(self, width: int) -> None:
+        self.projectors.extend(_projector((width, *self.hidden, z)) for z in self.widths.values())
 
     def forward(self, draw: PathDraw, output: Output, networks: Mapping[str, Any]) -> dict[str, Tensor]:
         missing = {*self.targets, *(["class_token"] if self.class_token else [])} - draw.features.keys()

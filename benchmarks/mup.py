@@ -1,0 +1,125 @@
+"""muP: activations that do not depend on the width, and learning rates that transfer (arXiv 2505.15270).
+
+    python benchmarks/mup.py                              coordinate check of DDT and DiT on digits, widths 32-512
+    python benchmarks/mup.py --data fashion               the same on Fashion-MNIST
+    python benchmarks/mup.py --transfer --data fashion    400 steps at widths 32-256, learning rates by factors of 2
+
+Claimed: under muP the slope of log size over log width is within 0.1 of zero at every layer before and after each of
+the first steps, and not under the standard parametrization; the best learning rate is the same at all widths within
+one factor of 2 under muP. ``--transfer`` repeats the best rate of each width and its neighbours on three seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import common
+from common import save
+
+from untwine.training.recipe import Recipe
+from untwine.training.widths import (
+    PARAMETRIZATIONS,
+    at_width,
+    coordinate_check,
+    draw_coordinates,
+    draw_learning_rates,
+    learning_rates,
+    parametrized,
+)
+
+CLAIMED, HEAD_WIDTH = 0.1, 16
+RECIPES = {"digits": "ddt-digits", "fashion": "ddt-fashion"}
+RATES = [2.0**-k for k in range(12, 4, -1)]
+
+
+def recipe_of(model: str, data: str, batch_size: int, width: int) -> Recipe:
+    """The shipped recipe, or the same with a DiT of equal depth and patches that predicts velocities."""
+    found = Recipe.load(RECIPES[data])
+    if model == "dit":
+        told = found.model.options
+        kept = {name: told[name] for name in ("hidden_size", "depth", "num_heads", "patch_size")}
+        given = found.to_dict() | {"model": {"kind": "dit", "learn_sigma": False, "predicts": "velocity", **kept}}
+        found = Recipe.from_dict(given)
+    train = replace(found.train, batch_size=batch_size, clip_norm=None)
+    return at_width(replace(found, train=train), width, head_width=HEAD_WIDTH)
+
+
+def check(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
+    """The coordinate check under both parametrizations."""
+    found = {}
+    for name in PARAMETRIZATIONS:
+        given = parametrized(recipe, name, options.widths[0])
+        found[name] = coordinate_check(
+            given, options.widths, num_steps=options.steps, seeds=range(options.seeds), told=print
+        )
+    return found
+
+
+def transfer(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
+    """The sweep under both parametrizations, and further seeds around the best rate of each width."""
+    found = {}
+    for name in PARAMETRIZATIONS:
+        given = parametrized(recipe, name, options.widths[0])
+        sweep = learning_rates(given, options.widths, options.lrs, num_steps=options.steps, told=print)
+        again = [
+            means(given, width, neighbours(options.lrs, best), options)
+            for width, best in zip(options.widths, sweep["best"])
+        ]
+        shifts = [options.lrs.index(best) - options.lrs.index(sweep["best"][0]) for best in sweep["best"]]
+        found[name] = {**sweep, "seeds_around_best": again, "shift_in_grid_steps": shifts}
+    return found
+
+
+def neighbours(lrs: Sequence[float], best: float) -> list[float]:
+    """A rate of the grid and those beside it."""
+    place = lrs.index(best)
+    return list(lrs[max(0, place - 1) : place + 2])
+
+
+def means(recipe: Recipe, width: int, lrs: Sequence[float], options: argparse.Namespace) -> dict[str, Any]:
+    """The mean loss over seeds of each rate at one width; None where a run diverged."""
+    rows = [
+        learning_rates(replace(recipe, seed=seed), [width], lrs, num_steps=options.steps, told=print)["losses"][0]
+        for seed in range(options.seeds)
+    ]
+    told = [None if None in column else sum(column) / len(column) for column in zip(*rows)]
+    return {"width": width, "lrs": lrs, "mean_losses": told}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=RECIPES, default="digits")
+    parser.add_argument("--models", nargs="+", choices=("ddt", "dit"), default=["ddt", "dit"])
+    parser.add_argument("--transfer", action="store_true")
+    parser.add_argument("--widths", type=int, nargs="+")
+    parser.add_argument("--lrs", type=float, nargs="+", default=RATES)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--out", type=Path, help="folder of the results; default: benchmarks/results")
+    options = parser.parse_args()
+    common.RESULTS = options.out or common.RESULTS
+    options.widths = options.widths or ([32, 64, 128, 256] if options.transfer else [32, 64, 128, 256, 512])
+    options.steps = options.steps or (400 if options.transfer else 4)
+    name = f"mup_{'transfer' if options.transfer else 'coordinates'}_{options.data}"
+    results: dict[str, Any] = {}
+    for model in options.models:
+        recipe = recipe_of(model, options.data, options.batch_size, options.widths[0])
+        results[model] = (transfer if options.transfer else check)(recipe, options)
+        common.RESULTS.mkdir(exist_ok=True, parents=True)
+        draw = draw_learning_rates if options.transfer else draw_coordinates
+        draw(results[model], common.RESULTS / f"{name}_{model}.png")
+    if options.transfer:
+        holds = {m: max(map(abs, found["mup"]["shift_in_grid_steps"])) <= 1 for m, found in results.items()}
+    else:
+        holds = {m: abs(found["mup"]["largest_slope"]) <= CLAIMED for m, found in results.items()}
+    facts = {"widths": options.widths, "head_width": HEAD_WIDTH, "steps": options.steps, "seeds": options.seeds}
+    save(name, {"data": options.data, **facts, "batch_size": options.batch_size, "holds": holds, **results})
+
+
+if __name__ == "__main__":
+    main()
