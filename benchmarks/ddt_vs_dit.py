@@ -128,7 +128,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
     """Held-out loss over steps, work and time, and distances over steps: each seed, and the mean of the seeds."""
     panels = [
         ("curve", "step", "validation_loss", "optimizer step", "held-out loss"),
-        ("curve", "gflops", "validation_loss", "training GFLOP", "held-out loss"),
+        ("curve", "gflops", "validation_loss", "training TFLOP", "held-out loss"),
         ("curve", "seconds", "validation_loss", "training seconds", "held-out loss"),
         ("distances", "step", "fd", "optimizer step", "Frechet distance (efflite0)"),
     ]
@@ -138,7 +138,8 @@ def draw(runs: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
     for panel, (curve, over, value, along, label) in zip(axes, panels):
         for (name, found), color in zip(runs.items(), COLORS):
             lines = [[point[value] for point in run[curve]] for run in found]
-            places = [point[over] for point in found[0][curve]]
+            scale = 1e-3 if over == "gflops" else 1
+            places = [scale * point[over] for point in found[0][curve]]
             for line in lines:
                 panel.plot(places, line, color=color, alpha=0.3, linewidth=1)
             means = [statistics.mean(values) for values in zip(*lines)]
