@@ -31,6 +31,7 @@ COMMANDS = (
     ("bench quality", "### bench quality"),
     ("bench loss", "### bench loss"),
     ("bench plot", "### bench plot"),
+    ("bench mup", "### bench mup"),
     ("plan", "## plan"),
     ("info", "## info"),
 )

@@ -89,7 +89,7 @@ def test_refusals(refused, run, run_folder, tmp_path):
     for arguments, message in (
         ((run, "--labels", 1), "labels: this DDTHead is conditioned on texts; give prompts instead"),
         ((run, "--prompt", "a big red cat square"), "prompt has 7 tokens, and this model was made for at most max_to"),
-        ((run, "--text-encoder", "/gone"), "encoder '/gone' is no folder here"),
+        ((run, "--text-encoder", "/gone"), "encoder: '/gone' is no folder here"),
         ((run_folder, "--prompt", "red"), "prompts: this DDT takes no text; give labels"),
         ((run_folder, "--text-encoder", "/gone"), "text_encoder: this DDT takes no text; leave it out"),
     ):

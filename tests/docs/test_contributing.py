@@ -38,12 +38,12 @@ def package(tmp_path, monkeypatch):
 
 
 def test_examples_run_and_register(package):
-    assert len(package["mypackage/midpoint.py"].splitlines()) <= 40
+    assert len(package["mypackage/ralston.py"].splitlines()) <= 40
     for name, code in package.items():
         if "test_" in name:
             exec(compile(code, name, "exec"), {"__name__": name})
-    assert "midpoint" in SOLVERS
-    assert SOLVERS["midpoint"]().__class__.__name__ == "Midpoint"
+    assert "ralston" in SOLVERS
+    assert SOLVERS["ralston"]().__class__.__name__ == "Ralston"
 
 
 def test_the_recipe_lines_are_a_recipe(package):
@@ -69,11 +69,11 @@ def test_plugins_register_themselves(package, monkeypatch):
 
         def load(self):
             asked.append(self.name)
-            SOLVERS.register("midpoint", "mypackage.midpoint:Midpoint")
+            SOLVERS.register("ralston", "mypackage.ralston:Ralston")
 
     monkeypatch.setattr(metadata, "entry_points", lambda group: [EntryPoint()] if group == "untwine.plugins" else [])
     monkeypatch.setattr("untwine.registry._plugins_loaded", False)
-    assert SOLVERS["midpoint"]().evaluations.__name__ == "evaluations"
-    with pytest.raises(ValueError, match="did you mean 'midpoint'"):
-        SOLVERS["midpont"]
+    assert SOLVERS["ralston"]().evaluations.__name__ == "evaluations"
+    with pytest.raises(ValueError, match="did you mean 'ralston'"):
+        SOLVERS["ralsten"]
     assert asked == ["mypackage"]

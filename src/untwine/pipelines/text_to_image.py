@@ -97,8 +97,8 @@ class TextToImagePipeline(ImagePipeline):
             prompt: one, or several, whose images follow one another.
             negative_prompt: what guidance leads away from instead of the empty prompt: one for all, or one a prompt.
                 Without guidance (scale 1) it changes nothing.
-            guidance_scale, num_inference_steps, generator, output_type, return_dict: as
-                :meth:`ImagePipeline.__call__ <untwine.pipelines.image.ImagePipeline.__call__>`.
+            guidance_scale, num_inference_steps, generator, output_type, return_dict: as of
+                :class:`~untwine.pipelines.image.ImagePipeline`.
             num_images_per_prompt: of other noise each.
             first_image: counter of the first image, so that a long run can be made in parts.
             options: seed, sampling, size, refresh, plan and on_step, as there.
