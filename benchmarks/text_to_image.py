@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("data/emoji"))
     parser.add_argument("--checkpoint", help="what to judge; without it the ceiling alone is measured")
-    parser.add_argument("--each", type=int, default=4, help="drawings of a name")
+    parser.add_argument("--each", type=int, default=2, help="drawings of a name")
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--limit", type=int, help="judge so many names only")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module, metadata
 from typing import Any
 
@@ -13,15 +14,16 @@ class Registry(Mapping[str, Any]):
 
     Listing names imports nothing; ``registry[name]`` imports the module.
     An outside package adds its own with :meth:`register`, from a module that it names in the entry-point group
-    ``untwine.plugins``: those are imported when a name is looked up that the table lacks.
+    ``untwine.plugins``: those are imported when a name is looked up that the table lacks. The names of ``others`` count
+    as its own, those registered there later included.
 
     Raises:
         ValueError: on access to an unknown name; the message lists the known ones and the closest match.
     """
 
-    def __init__(self, noun: str, table: Mapping[str, str]) -> None:
+    def __init__(self, noun: str, table: Mapping[str, str], *, others: tuple[Registry, ...] = ()) -> None:
         self.noun = noun
-        self._table = dict(table)
+        self._table: MutableMapping[str, str] = ChainMap(dict(table), *(other._table for other in others))
 
     def __getitem__(self, name: str) -> Any:
         if name not in self:

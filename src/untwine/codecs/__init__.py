@@ -1,7 +1,5 @@
 """Codecs between samples (pixels, audio, ...) and the normalised latents that the backbone sees."""
 
-from collections import ChainMap
-
 from untwine.models import MODELS
 from untwine.registry import Registry
 
@@ -15,6 +13,5 @@ CODECS = Registry(
 )
 AUTOENCODERS = Registry("autoencoder", {"rae": "untwine.codecs.rae_model:RAE"})
 """codecs that are trained here, under the objective ``reconstruction``"""
-TRAINED = Registry("model", {})
-"""what a recipe can train: backbones and autoencoders, those registered later included"""
-TRAINED._table = ChainMap(TRAINED._table, AUTOENCODERS._table, MODELS._table)  # type: ignore[assignment]
+TRAINED = Registry("model", {}, others=(AUTOENCODERS, MODELS))
+"""what a recipe can train"""
