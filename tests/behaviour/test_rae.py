@@ -355,6 +355,8 @@ def test_stage_one_resumes_exports_and_serves_stage_two(folder, tmp_path):
         assert torch.equal(value, parts.networks.tensors()[name]), name
     assert read_state(result.checkpoint)["latent_shape"] == [3, 32, 32]
 
+    with pytest.raises(ValueError, match=r"whole trained an autoencoder, which draws nothing.*reconstruction\.export"):
+        untwine.load(tmp_path / "whole")
     export(tmp_path / "whole", tmp_path / "codec")
     codec = RAECodec(str(tmp_path / "codec"))
     x = torch.stack([whole.training_set.read(i) for i in range(len(whole.training_set))])

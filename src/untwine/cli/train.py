@@ -52,6 +52,7 @@ def run(args: list[str]) -> int:
         print(yaml.safe_dump(recipe.to_dict(), sort_keys=False), end="")
         return 0
     log_to_console()
+    from untwine.codecs import AUTOENCODERS
     from untwine.training.trainer import Trainer
 
     trainer = Trainer(
@@ -68,7 +69,8 @@ def run(args: list[str]) -> int:
         trainer.processes.close()
     if trainer.processes.is_main:
         print(f"{result.folder}: step {result.step}, validation loss {_rounded(result.metrics.get('validation_loss'))}")
-        print(f"sample it: untwine sample {result.folder}")
+        if trainer.recipe.model.kind not in AUTOENCODERS:
+            print(f"sample it: untwine sample {result.folder}")
     return 0
 
 

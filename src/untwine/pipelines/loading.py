@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from untwine.acceleration.sharing.plan import SharingPlan
+from untwine.codecs import AUTOENCODERS
 from untwine.config import to_dict
 from untwine.contracts import check_labels
 from untwine.diffusion.sampling import Sampling
@@ -182,6 +183,11 @@ def open_run(folder: Path, weights: str) -> Path:
 def _from_run(folder: Path, weights: str, located: dict[str, Any]) -> ImagePipeline:
     path = open_run(folder, "ema:0" if weights.startswith(_POSTHOC) else weights)
     recipe = Recipe.from_dict(checkpoint.read_config(path))
+    if recipe.model.kind in AUTOENCODERS:
+        raise ValueError(
+            f"{folder} trained an autoencoder, which draws nothing by itself: "
+            "untwine.training.objectives.reconstruction.export makes it the codec of another recipe"
+        )
     state = checkpoint.read_state(path)
     model: Any = recipe.model.build()
     adapter = recipe.adapter.build().attach(model) if recipe.adapter is not None else None
