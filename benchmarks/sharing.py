@@ -96,9 +96,9 @@ class Measured:
         self.bank = self.encoder = None
         if options.reference:
             self.encoder = self.protocol.build_encoder()
-            self.bank = build_bank(
-                open_reference(options.reference), self.encoder, self.protocol, pipe.latent_shape[1:]
-            )
+            cache = options.work / "references" if options.work else None
+            real = open_reference(options.reference)
+            self.bank = build_bank(real, self.encoder, self.protocol, pipe.latent_shape[1:], cache=cache)
         parts = [
             self._kept(seed, first)
             for seed in range(1, options.seeds + 1)  # 0 is the probe's
@@ -128,7 +128,12 @@ class Measured:
             self.options.work / f"{self.options.checkpoint}-{seed}-{first}.safetensors" if self.options.work else None
         )
         if file is not None and file.is_file():
-            return load_file(file)
+            kept = load_file(file)
+            wanted = [
+                f"{of}/{name}" for of in ("moved", "image") for name in self.settings if of == "moved" or self.bank
+            ]
+            if kept.keys() >= set(wanted):
+                return {name: kept[name] for name in wanted}
         index = torch.arange(first, min(first + self.options.batch, self.options.images))
         found = self._batch(seed, index)
         if file is not None:
