@@ -18,7 +18,7 @@ _LAZY = {
     "TextToImagePipeline": "untwine.pipelines.text_to_image",
     "ModelMixin": "diffusers",  # looked up here when diffusers loads a saved pipeline
     "load": "untwine.pipelines.loading",
-    "sample": "untwine.pipelines.loading",
+    "sample": "untwine.pipelines.series",
     "from_official": "untwine.integrations.official",
     "Trainer": "untwine.training.trainer",
 }

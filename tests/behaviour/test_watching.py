@@ -25,7 +25,8 @@ from tests.tiny import tiny
 from untwine.contracts import Condition
 from untwine.data.base import CorruptImage
 from untwine.models import MODELS
-from untwine.pipelines.loading import load, sample
+from untwine.pipelines.loading import load
+from untwine.pipelines.series import sample
 from untwine.training import speed
 from untwine.training.control import Profiler, deterministic
 from untwine.training.distributed import Distributed

@@ -14,7 +14,7 @@ from untwine.cli.options import parse_known, show
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Compares samples, or those that a checkpoint draws, with real pictures."""
+    """Compares samples, or those that a checkpoint draws, with real pictures. Processes of torchrun share the work."""
 
     samples: Annotated[Positional[str], arg(metavar="SAMPLES|CHECKPOINT")] = ""
     """a folder of pictures, an .npz with arr_0, or anything that untwine sample takes"""
@@ -57,13 +57,13 @@ def run(args: list[str]) -> int:
     if options.reference is None and "--help" not in rest:
         raise ValueError("reference is missing; name real pictures to compare with: --reference FOLDER")
 
-    import torch
-
     from untwine.evaluation.protocols import find_protocol
     from untwine.evaluation.report import evaluate
     from untwine.pipelines.writing import prepare_folder
+    from untwine.training.distributed import Distributed
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    processes = Distributed.start(options.device)
+    device = processes.device
     protocol = find_protocol(options.protocol, num_samples=options.num_samples)
     drawn = _is_checkpoint(options.samples)
     if rest and not drawn:
@@ -88,7 +88,9 @@ def run(args: list[str]) -> int:
         facts=facts,
         on_batch=lambda done: _progress(done, protocol.num_samples, "encoded"),
     )
-    _tell(options, report.values, folder)
+    if processes.is_main:
+        _tell(options, report.values, folder)
+    processes.close()
     return 0
 
 
@@ -101,7 +103,7 @@ def _is_checkpoint(samples: str) -> bool:
     return not path.is_dir() or any((path / name).exists() for name in inside)
 
 
-def _load(options: EvaluateOptions, rest: list[str], device: str) -> tuple[Any, Any]:
+def _load(options: EvaluateOptions, rest: list[str], device: Any) -> tuple[Any, Any]:
     """(pipeline of a checkpoint, its sampling settings with the flags applied)."""
     from untwine.config import apply_flags, from_dict, to_dict
     from untwine.diffusion.sampling import Sampling
@@ -123,20 +125,15 @@ def _load(options: EvaluateOptions, rest: list[str], device: str) -> tuple[Any, 
 
 def _draw(pipe: Any, settings: Any, options: EvaluateOptions, count: int, folder: Path) -> tuple[str, dict[str, Any]]:
     """Samples of a checkpoint, kept in ``folder``, and what the report says of them."""
-    from untwine.pipelines.loading import sample
-    from untwine.pipelines.writing import prepare_folder, save_samples
+    from untwine.pipelines.series import Series
+    from untwine.pipelines.writing import draw_into, prepare_folder
 
-    samples = sample(
-        pipe,
-        count=count,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        sampling=settings,
-        on_batch=lambda done: _progress(done, count, "drawn"),
+    series = Series(pipe, count=count, seed=options.seed, batch_size=options.batch_size, sampling=settings)
+    report = draw_into(
+        prepare_folder(folder), series, pictures=False, on_batch=lambda done: _progress(done, count, "drawn")
     )
-    save_samples(samples, prepare_folder(folder), pictures=False)
     told = ("seed", "sampling", "origin", "network_evaluations")
-    return str(folder), {"checkpoint": options.samples, **{name: samples.report[name] for name in told}}
+    return str(folder), {"checkpoint": options.samples, **{name: report[name] for name in told}}
 
 
 def reference_named(name: str) -> Any:

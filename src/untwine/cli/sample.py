@@ -14,7 +14,10 @@ from untwine.cli.options import brief, parse_known
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Draws images. Image k is a function of seed, k, label and settings, whatever the batch size."""
+    """Draws images. Image k is a function of seed, k, label and settings, whatever the batch size.
+
+    The same command goes on where an interrupted one ended. Under torchrun the processes share the batches.
+    """
 
     checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")] = "ddt-digits"
     """a shipped name, a run folder, a saved pipeline or a hub id"""
@@ -67,16 +70,18 @@ def run(args: list[str]) -> int:
     from untwine.config import apply_flags, from_dict, to_dict
     from untwine.diffusion import SOLVERS
     from untwine.diffusion.sampling import Sampling
-    from untwine.pipelines.loading import load, sample
-    from untwine.pipelines.writing import prepare_folder, save_samples
+    from untwine.pipelines.loading import load
+    from untwine.pipelines.series import Series
+    from untwine.pipelines.writing import draw_into, prepare_folder
+    from untwine.training.distributed import Distributed
 
     if options.solver and options.solver not in SOLVERS:
         SOLVERS[options.solver]  # says which there are
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    processes = Distributed.start(options.device)
     pipe = load(
         options.checkpoint,
         weights=options.weights,
-        device=device,
+        device=processes.device,
         dtype=getattr(torch, options.dtype),
         text_encoder=options.text_encoder,
     )
@@ -89,7 +94,7 @@ def run(args: list[str]) -> int:
     settings |= {"solver": options.solver} if options.solver else {}
     settings = apply_flags(Sampling, settings, rest, prog=f"untwine sample {options.checkpoint}")
     folder = prepare_folder(options.out)
-    samples = sample(
+    series = Series(
         pipe,
         count=options.count,
         labels=options.labels or None,
@@ -100,13 +105,14 @@ def run(args: list[str]) -> int:
         size=options.size,
         sampling=from_dict(Sampling, settings, "sampling"),
         plan=plan,
-        on_batch=lambda done: _progress(done, options.count),
     )
-    save_samples(samples, folder, pictures=options.pictures)
-    made = "images" if samples.are_pictures else "latents (no codec for pictures is part of this checkpoint)"
-    print(f"{options.count} {made} in {samples.report['seconds']} s: {_main_file(folder, samples.are_pictures)}")
-    print(f"from {options.checkpoint} ({brief(pipe.origin)})")
-    print(f"seed {options.seed}, {brief(settings)}")
+    report = draw_into(folder, series, pictures=options.pictures, on_batch=lambda done: _progress(done, options.count))
+    if processes.is_main:
+        made = "images" if pipe.makes_pictures else "latents (no codec for pictures is part of this checkpoint)"
+        print(f"{options.count} {made} in {report['seconds']} s: {_main_file(folder, pipe.makes_pictures)}")
+        print(f"from {options.checkpoint} ({brief(pipe.origin)})")
+        print(f"seed {options.seed}, {brief(settings)}")
+    processes.close()
     return 0
 
 

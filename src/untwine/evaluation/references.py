@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import yaml
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from untwine.encoders.base import Encoder
 from untwine.evaluation.extraction import Extractor
 from untwine.evaluation.pictures import Pictures, from_array, from_dataset, from_folder, read_npz
 from untwine.evaluation.protocols import Protocol
-from untwine.evaluation.statistics import Gaussian, Moments, gather
+from untwine.evaluation.statistics import Gaussian, Moments, gather, process
 from untwine.registry import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -191,7 +190,7 @@ def build_bank(
     found = None if file is None else _load(file)
     if not all(gather(found is not None)) or found is None:
         found = _encode(pictures, positions, encoder, "sfid" in protocol.metrics, batch_size)
-        if file is not None and _rank()[0] == 0:
+        if file is not None and process()[0] == 0:
             _save(found, file)
     count = len(positions)
     if spatial is None and "spatial_mean" in found:
@@ -211,7 +210,7 @@ def _encode(
     pictures: Pictures, positions: np.ndarray, encoder: Encoder, spatial: bool, batch_size: int
 ) -> dict[str, Tensor]:
     """Features of the pictures and their statistics, by all processes together."""
-    rank, world_size = _rank()
+    rank, world_size = process()
     extractor = Extractor(encoder, batch_size, ("spatial",) if spatial else ())
     index = torch.arange(rank, len(positions), world_size)
     for part, images in zip(index.split(batch_size), pictures.batches(positions[index].tolist(), batch_size)):
@@ -267,8 +266,3 @@ def _save(found: dict[str, Tensor], file: Path) -> None:
         logger.warning("the reference's features are not kept: %s", error)
         with suppress(OSError):
             temporary.unlink()
-
-
-def _rank() -> tuple[int, int]:
-    """(rank, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

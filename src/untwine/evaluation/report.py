@@ -18,6 +18,7 @@ from untwine.evaluation.evaluator import Evaluator, Report
 from untwine.evaluation.pictures import Pictures, from_array, open_samples
 from untwine.evaluation.protocols import DEFAULT, Protocol
 from untwine.evaluation.references import Reference
+from untwine.evaluation.statistics import process
 
 COLUMNS = 10
 
@@ -35,7 +36,7 @@ def evaluate(
     facts: dict[str, Any] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Report:
-    """Compares samples with a reference by a protocol.
+    """Compares samples with a reference by a protocol; collective, each process encodes its share of the samples.
 
     Args:
         samples: a folder of pictures, an ``.npz`` with ``arr_0``, or (N, H, W, C) uint8 levels.
@@ -44,7 +45,7 @@ def evaluate(
         encoder: instead of the protocol's, which then names it.
         cache: folder that keeps the features of references.
         facts: what else the report shall say of the samples, such as the checkpoint they come from.
-        on_batch: hears how many samples are encoded.
+        on_batch: hears, in the first process, how many samples are encoded.
 
     Raises:
         ValueError: for samples, a reference or a protocol that cannot be used; nothing is written then.
@@ -58,15 +59,15 @@ def evaluate(
             f"compares {count}; give more, or set num_samples (the result then says so)"
         )
     real = evaluator.reference.pictures(pictures.size)  # another size is refused before anything is encoded
-    done = 0
-    for images in pictures.batches(range(count), batch_size):
-        evaluator.update(images)
-        done += len(images)
-        if on_batch is not None:
-            on_batch(done)
+    rank, world_size = process()
+    mine = torch.arange(rank, count, world_size)
+    for part, images in zip(mine.split(batch_size), pictures.batches(mine.tolist(), batch_size)):
+        evaluator.update(images, part)
+        if on_batch is not None and rank == 0:
+            on_batch(min(count, int(part[-1]) + world_size))
     report = evaluator.result()
     report.values["samples"] = {"source": pictures.source, **pictures.fingerprint(), **(facts or {})}
-    if out is not None:
+    if out is not None and rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if real is not None and report.nearest is not None:
             nearest_pairs(report, pictures, real).save(out / "nearest.png")

@@ -136,6 +136,11 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(step @ step + trace)
 
 
+def process() -> tuple[int, int]:
+    """(rank of this process, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def gather(value: Any) -> list[Any]:
     """``value`` of every process by rank, on each of them; collective."""
     if not dist.is_initialized():

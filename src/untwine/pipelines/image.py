@@ -179,7 +179,7 @@ class ImagePipeline(DiffusionPipeline):
         latents, guided = sample(
             self.model,
             condition,
-            self._shape(size),
+            self.shape_for(size),
             index,
             draws=_draws(generator, seed, len(index)),
             null=null,
@@ -229,7 +229,7 @@ class ImagePipeline(DiffusionPipeline):
                 f"{self.sample_shape[0]} channels; use output_type='latent'"
             )
 
-    def _shape(self, size: tuple[int, int] | None) -> tuple[int, ...]:
+    def shape_for(self, size: tuple[int, int] | None) -> tuple[int, ...]:
         """(C, H, W) of the latents for images of ``size`` pixels, within what the model can do."""
         if size is None:
             return self.latent_shape

@@ -1,24 +1,18 @@
-"""From a name, a folder or a hub id to a pipeline, and from a pipeline to a set of samples."""
+"""From a name, a folder or a hub id to a pipeline."""
 
 from __future__ import annotations
 
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from untwine.acceleration.sharing.plan import SharingPlan
 from untwine.codecs import AUTOENCODERS
 from untwine.config import to_dict
-from untwine.contracts import check_labels
-from untwine.diffusion.sampling import Sampling
 from untwine.models import MODELS
 from untwine.pipelines.image import ImagePipeline, provenance
 from untwine.pipelines.text_to_image import TextToImagePipeline
@@ -234,130 +228,3 @@ def _apply_posthoc(model: Any, run: Path, weights: str, step: int) -> None:
     with torch.no_grad():
         for name, value in reconstruct(run, sigma, step=step).items():
             parameters[name].copy_(value)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Generated images with what is needed to make them again."""
-
-    images: np.ndarray
-    """(N, H, W, C) uint8; float32 latents (N, C, H, W) where the pipeline has no codec for pictures"""
-    labels: np.ndarray | None
-    """(N,) int64"""
-    report: dict[str, Any]
-    """seconds, network evaluations, settings, seed, versions"""
-    prompts: list[str] | None = None
-    """one per image, of a model of texts"""
-
-    @property
-    def are_pictures(self) -> bool:
-        return self.images.dtype == np.uint8
-
-
-def sample(
-    source: str | Path | ImagePipeline = "ddt-digits",
-    *,
-    count: int = 16,
-    labels: Sequence[int] | None = None,
-    prompts: Sequence[str] | None = None,
-    negative_prompt: str | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    size: tuple[int, int] | None = None,
-    sampling: Sampling | None = None,
-    plan: SharingPlan | str | Path | None = None,
-    on_batch: Callable[[int], None] | None = None,
-    **changes: Any,
-) -> Samples:
-    """``count`` images; without labels the classes come in turn, and image k is the same for every batch size.
-
-    Args:
-        source: anything :func:`load` takes, or a pipeline.
-        labels: one per image, or fewer, repeated in turn.
-        prompts: likewise, for a model of texts; default: those that its checkpoint carries as examples.
-        negative_prompt: what guidance leads away from, instead of the empty prompt.
-        size: (height, width) in pixels, where it differs from the training size.
-        sampling: all settings; ``changes`` are single fields of it, such as ``guidance_scale=2.0``.
-        plan: a sharing plan or its file (``untwine accelerate``), which brings all settings.
-        on_batch: hears how many images are done.
-
-    Raises:
-        ValueError: for a value out of range, before anything is computed.
-    """
-    _check_positive(count=count, batch_size=batch_size)
-    pipe = source if isinstance(source, ImagePipeline) else load(source)
-    settings = pipe.settings(sampling, plan, **changes)
-    takes_text = isinstance(pipe, TextToImagePipeline)
-    wanted = (_prompts if takes_text else _labels)(pipe, labels, prompts, negative_prompt)
-    wanted = None if wanted is None else np.resize(wanted, count)
-    request = {"seed": seed, "sampling": settings, "size": size}
-    request |= {"negative_prompt": negative_prompt} if takes_text else {}
-    parts, evaluations, refreshes = [], 0, 0
-    started = time.perf_counter()
-    for first in range(0, count, batch_size):
-        part = min(batch_size, count - first)
-        chosen = {"num_images": part} if wanted is None else {"wanted": wanted[first : first + part].tolist()}
-        parts.append(_draw(pipe, first_image=first, **chosen, **request))
-        evaluations += pipe.last_run["network_evaluations"] * part
-        refreshes += pipe.last_run["encoder_passes"] * part
-        if on_batch is not None:
-            on_batch(first + part)
-    report = {
-        "count": count,
-        "seed": seed,
-        "seconds": round(time.perf_counter() - started, 3),
-        "network_evaluations": evaluations,
-        "encoder_passes": refreshes,
-        "sampling": to_dict(settings),
-        **_circumstances(pipe),
-    }
-    if takes_text:
-        report |= {"prompts": list(wanted), "negative_prompt": negative_prompt}  # type: ignore[arg-type]
-    return Samples(np.concatenate(parts), None if takes_text else wanted, report, report.get("prompts"))
-
-
-def _check_positive(**counts: Any) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-
-
-def _labels(pipe: ImagePipeline, labels: Sequence[int] | None, *texts: str | Sequence[str] | None) -> np.ndarray | None:
-    """The labels that come in turn, checked all at once."""
-    if any(text is not None for text in texts):
-        instead = "give labels" if pipe.num_classes else "it is unconditional"
-        raise ValueError(f"prompts: this {type(pipe.model).__name__} takes no text; {instead}")
-    if labels is not None and not len(labels):
-        raise ValueError("labels must name at least one class, got none; leave them out to draw all classes in turn")
-    if labels is None:
-        return np.arange(pipe.num_classes) if pipe.num_classes else None
-    return check_labels(labels, pipe.num_classes).numpy() if pipe.num_classes else np.asarray(labels)
-
-
-def _prompts(pipe: Any, labels: Any, prompts: Sequence[str] | None, negative: str | None) -> np.ndarray:
-    """The prompts that come in turn, checked all at once."""
-    if labels is not None:
-        raise ValueError(f"labels: this {type(pipe.model).__name__} is conditioned on texts; give prompts instead")
-    found = pipe.example_prompts if prompts is None else [prompts] if isinstance(prompts, str) else list(prompts)
-    if not found:
-        raise ValueError("prompts must be at least one text; this checkpoint carries no examples to draw instead")
-    pipe.text.encode([*found, negative or ""])
-    return np.asarray(found, dtype=object)
-
-
-def _circumstances(pipe: ImagePipeline) -> dict[str, Any]:
-    return {
-        "space": "pixels" if pipe.makes_pictures else "latents",
-        "origin": pipe.origin,
-        "versions": provenance(),
-        "threads": torch.get_num_threads(),
-        "device": str(pipe.device),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-    }
-
-
-def _draw(pipe: ImagePipeline, wanted: list[Any] | None = None, **request: Any) -> np.ndarray:
-    if not pipe.makes_pictures:
-        return pipe(wanted, output_type="latent", **request).images.cpu().numpy()  # type: ignore[union-attr]
-    images = pipe(wanted, output_type="np", **request).images  # type: ignore[union-attr]
-    return (np.asarray(images) * 255).round().astype(np.uint8)

@@ -17,7 +17,7 @@ from untwine.evaluation.evaluator import Evaluator
 from untwine.evaluation.protocols import Protocol
 from untwine.evaluation.references import Reference
 from untwine.pipelines.image import ImagePipeline
-from untwine.pipelines.loading import sample
+from untwine.pipelines.series import sample
 
 
 def sweep(
