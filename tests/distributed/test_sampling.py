@@ -19,6 +19,7 @@ from untwine.pipelines.writing import draw_into
 from untwine.training.distributed import Distributed
 from untwine.training.locking import FolderInUse, lock
 
+pytestmark = pytest.mark.xdist_group("distributed")
 REQUEST = {"count": 18, "batch_size": 4, "num_inference_steps": 2, "seed": 3}
 
 

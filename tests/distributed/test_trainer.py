@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -70,6 +71,24 @@ def _distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], pref
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     return train(Distributed(torch.device("cpu")), _changes(), str(folder)), read_log(folder / "log.jsonl")
+
+
+def train_twice(processes: Distributed, changes: dict, folder: str) -> dict[str, torch.Tensor]:
+    """To step 9 with saves in the background, and from the one of step 6 on after the newest was lost."""
+    train(processes, changes, folder, until=9)
+    if processes.is_main:
+        shutil.rmtree(Path(folder) / "checkpoints" / "step-9")
+    processes.barrier()
+    return train(processes, changes, folder)
+
+
+@pytest.mark.xdist_group("distributed")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_saves_in_the_background_are_of_their_step(alone, tmp_path, strategy):
+    changes = _changes(strategy, **{"train.async_save": True, "train.save_every": 3})
+    for state in run_ranks(train_twice, 2, changes, str(tmp_path)):
+        assert len(state["seen"]) == (STEPS - 6) * 8
+        assert _distance(alone[0], state, "model.") < 1e-5
 
 
 @pytest.mark.xdist_group("distributed")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -22,7 +23,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 T = TypeVar("T")
 Strategy = Literal["none", "ddp", "fsdp", "hsdp"]
+TIMEOUT_SECONDS = 600
+"""after which a collective that a dead process does not join fails on the others"""
 _DDP_LIMIT = 10**9
+_group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)
+"""over which this thread's processes speak; None = the one that training uses"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,7 @@ class Distributed:
     owns_group: bool = False
 
     @classmethod
-    def start(cls, device: str | None = None, *, timeout_seconds: float = 600) -> Distributed:
+    def start(cls, device: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> Distributed:
         """Joins the process group that the launcher's variables describe; alone where there are none.
 
         Args:
@@ -232,6 +237,21 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def group() -> dist.ProcessGroup | None:
+    """Over which :func:`together` exchanges; None = the group of everything else."""
+    return _group.get()
+
+
+@contextmanager
+def speaking_over(other: dist.ProcessGroup | None) -> Iterator[None]:
+    """Inside, and in this thread only, :func:`together` exchanges over a group that no other thread uses."""
+    token = _group.set(other)
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
 def together(fn: Callable[[], T]) -> list[T]:
     """Runs ``fn`` on every process: all results by rank, or on every process the error of the first one that failed."""
     if not dist.is_initialized():
@@ -242,7 +262,7 @@ def together(fn: Callable[[], T]) -> list[T]:
     except Exception as caught:
         error = caught
     gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, (result, error))
+    dist.all_gather_object(gathered, (result, error), group=group())
     for _, error in gathered:
         if error is not None:
             raise error

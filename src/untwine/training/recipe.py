@@ -52,6 +52,8 @@ class TrainConfig:
     save_every: int = 1000
     keep: int = 2
     """checkpoints kept, >= 2"""
+    async_save: bool = False
+    """write them in the background, from a copy of the state in the memory of the host"""
     sample_every: int | None = None
     """draw samples/step-N.png from the first EMA, always of the same noise and classes; null = never"""
     evaluate_every: int | None = None
@@ -190,6 +192,7 @@ FREE = (
     "train.validate_every",
     "train.save_every",
     "train.keep",
+    "train.async_save",
     "train.sample_every",
     "train.evaluate_every",
     "train.evaluation",

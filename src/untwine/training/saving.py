@@ -1,13 +1,29 @@
-"""The checkpoints of one run: saved through full disks, and found again only by the run that they belong to."""
+"""The checkpoints of one run: saved through full disks, and found again only by the run that they belong to.
+
+A save in the background costs the training loop a copy of the state in the memory of the host. A thread writes the
+copy, hashes and renames it, and its processes speak over a group of their own; what became of it is known when the
+next save, or the end, asks. A run killed meanwhile continues from the save before.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from untwine.training import checkpoint
 from untwine.training.checkpoint import CheckpointError, CheckpointNotSaved
+from untwine.training.distributed import TIMEOUT_SECONDS, speaking_over
 from untwine.training.networks import Networks
 from untwine.training.recipe import Recipe, differences
 from untwine.training.storage import LOCAL, Storage
@@ -23,7 +39,7 @@ class SavingFailed(CheckpointError):
 
 
 class Keeper:
-    """Saves and restores a run.
+    """Saves and restores a run; as a context, it ends when nothing is being written any more.
 
     Args:
         folder: of the run.
@@ -37,31 +53,65 @@ class Keeper:
         """step of the newest checkpoint"""
         self.failures = 0
         """saves that have failed since"""
+        self._background: _Background | None = None
+        self._pending: tuple[int, Future[Any]] | None = None
+
+    def __enter__(self) -> Keeper:
+        if self.recipe.train.async_save:
+            self._background = _Background()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._background is not None:
+            self._background.close()
+            self._background = None
+        with suppress(SavingFailed) if error is not None else nullcontext():
+            self.settle(last=error is None)
 
     @property
     def path(self) -> Path | None:
         """The newest checkpoint."""
         return None if self.saved is None else self.root / f"step-{self.saved}"
 
-    def save(self, step: int, networks: Networks, *, last: bool = False) -> None:
+    def save(self, step: int, networks: Networks, *, last: bool = False, in_background: bool = False) -> None:
         """Commits a checkpoint. A failure is logged, unless it is the third in a row or the ``last`` chance.
+
+        Args:
+            in_background: only copy the state now, if the recipe asks for it (``train.async_save``).
 
         Raises:
             SavingFailed: with what to do about it.
         """
+        self.settle()
         if self.saved == step:
             return
-        state = {"step": step, "updates": networks.updates, **self.about}
-        try:
+        state = {"step": step, "updates": dict(networks.updates), **self.about}
+
+        def commit(tensors: Mapping[str, Tensor]) -> None:
             checkpoint.save(
                 self.root,
                 step,
-                networks.tensors(),
+                tensors,
                 state,
                 config=self.recipe.to_dict(),
                 keep=self.recipe.train.keep,
                 storage=self.storage,
             )
+
+        if in_background and self._background is not None:
+            self._pending = step, self._background.submit(commit, networks.tensors())
+        else:
+            self._account(step, lambda: commit(networks.tensors()), last)
+
+    def settle(self, *, last: bool = False) -> None:
+        """Waits for a save in the background, and accounts for it as :meth:`save` does."""
+        if self._pending is not None:
+            (step, future), self._pending = self._pending, None
+            self._account(step, future.result, last)
+
+    def _account(self, step: int, outcome: Callable[[], Any], last: bool) -> None:
+        try:
+            outcome()
         except CheckpointNotSaved as error:
             self.failures += 1
             if last or self.failures >= MAX_FAILURES:
@@ -103,6 +153,40 @@ class Keeper:
         networks.restored(state["updates"])
         self.saved = state["step"]
         return self.saved
+
+
+class _Background:
+    """One thread that commits copies of the state."""
+
+    def __init__(self) -> None:
+        self.threads = ThreadPoolExecutor(1, "saving")
+        timeout = timedelta(seconds=TIMEOUT_SECONDS)
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
+        on_cuda = torch.cuda.is_available()
+        options = StagingOptions(
+            use_pinned_memory=on_cuda,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=on_cuda,
+        )
+        self.stager = DefaultStager(options)
+
+    def submit(self, commit: Callable[[Mapping[str, Tensor]], None], tensors: dict[str, Tensor]) -> Future[None]:
+        """Copies the tensors to the host now, and commits the copy later."""
+        copies: Any = self.stager.stage(tensors)
+
+        def work() -> None:
+            with speaking_over(self.group):
+                commit(copies)
+
+        return self.threads.submit(work)
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self.threads.shutdown()
+        self.stager.close()
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
 
 
 def prepare_folder(folder: Path, rank: int) -> None:

@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
+from untwine.training.distributed import group
+
 
 class Storage:
     """The local (or mounted) file system. Every method raises OSError where the operation fails."""
@@ -45,7 +47,13 @@ class Storage:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with _plain_errors():
-            save_shards(local, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
+            save_shards(
+                local,
+                storage_writer=writer,
+                planner=planner,
+                process_group=group(),
+                no_dist=not dist.is_initialized(),
+            )
 
     def read_tensors(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Fills ``tensors`` in place from what any number of ranks wrote; collective."""

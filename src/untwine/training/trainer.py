@@ -147,7 +147,7 @@ class Trainer:
             self._resume_or_start()
             if self.step < last:
                 self._prepare()
-                with Profiler(profile, self.out, self.processes) as profiler:
+                with self.keeper, Profiler(profile, self.out, self.processes) as profiler:
                     for micro_batches in self._batches(signals):
                         self._update(micro_batches)
                         self.step += 1
@@ -264,7 +264,7 @@ class Trainer:
             (train.sample_every, self._sample),
             (train.evaluate_every, self._evaluate),
             (train.ema_snapshots_every, self._snapshot),
-            (train.save_every, lambda: self._save(last=ends)),
+            (train.save_every, lambda: self._save(last=ends, in_background=not ends)),
         )
         for every, task in tasks:
             if every is not None and (self.step % every == 0 or ends):
@@ -311,8 +311,8 @@ class Trainer:
         except OSError as error:
             logger.error("%s", error)
 
-    def _save(self, *, last: bool) -> None:
-        self.keeper.save(self.step, self.networks, last=last)
+    def _save(self, *, last: bool, in_background: bool = False) -> None:
+        self.keeper.save(self.step, self.networks, last=last, in_background=in_background)
 
     def _diverged(self, network: str, batches: list[Batch], losses: list[Loss], norm: torch.Tensor) -> None:
         """Leaves a record of the update that must not be made, and the state before it; raises TrainingDiverged."""

@@ -7,6 +7,8 @@ OBJECTIVES = Registry(
     {
         "flow_matching": "untwine.training.objectives.flow_matching:FlowMatching",
         "mean_flow": "untwine.training.objectives.mean_flow:MeanFlow",
+        "dual_time": "untwine.training.objectives.sra:DualTime",
+        "masked_diffusion": "untwine.training.objectives.masked_diffusion:MaskedDiffusion",
         "reconstruction": "untwine.training.objectives.reconstruction:Reconstruction",
     },
 )
