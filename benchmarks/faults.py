@@ -1,9 +1,12 @@
-"""Faults done to training runs, and what was lost: the table behind "a run survives".
+"""Faults done to training runs, and what was lost: the table behind "a run survives" (``make faults``).
 
-    python benchmarks/faults.py            # about two minutes
+    python benchmarks/kill_resume.py       # twenty kills; its result is the first row
+    python benchmarks/faults.py            # the others, some minutes
 
 A kill inside a checkpoint write is made at every storage operation of a save, and at each in the middle of it; disks
-fill up by an injected ENOSPC; signals and SIGKILL go to real processes; a NaN hits one of two processes (gloo).
+fill up by an injected ENOSPC; signals and SIGKILL go to real processes, of which two are joined by gloo where one of
+them meets a NaN or is killed. ``survived`` counts the runs that went on to the state of an uninterrupted run, bit for
+bit; ``refused`` those of what must not be accepted.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, save
+from common import RESULTS, ROOT, save
 
 sys.path.insert(0, str(ROOT))
+from fault_files import ROWS
+from kill_resume import COMMON
 from tests.faults.test_interrupted_saves import Crash, Failing
 from tests.tiny import tiny
 
@@ -38,14 +43,18 @@ from untwine.training.trainer import Trainer
 STEPS, EVERY = 12, 3
 RECIPE = {"train.num_steps": STEPS, "train.save_every": EVERY}
 PROGRAM = """
-import json, sys, torch
+import json, os, signal, sys, torch
 torch.set_num_threads(1)
 from tests.faults.poison import register
 register()
 from tests.tiny import tiny
 from untwine.training.trainer import Trainer
 trainer = Trainer(tiny(**json.loads(sys.argv[2])), sys.argv[1], device="cpu")
-trainer.fit(until=json.loads(sys.argv[3]), on_step=lambda step: print(step, flush=True))
+def heard(step):
+    print(step, flush=True)
+    if os.environ.get("DIES_AT") == f"{trainer.processes.rank}:{step}":
+        os.kill(os.getpid(), signal.SIGKILL)
+trainer.fit(until=json.loads(sys.argv[3]), on_step=heard)
 """
 
 
@@ -91,7 +100,7 @@ def interrupted_saves(work: Path, whole: dict[str, torch.Tensor], crash: bool) -
         lost.append(trainer.step - newest(folder))
         recovered.append(equal(finished(folder), whole))
         shutil.rmtree(folder)
-    return {"runs": len(recovered), "recovered_bitwise": sum(recovered), "steps_lost": max(lost)}
+    return {"runs": len(recovered), "survived": sum(recovered), "steps_lost": max(lost)}
 
 
 def full_disk(work: Path, whole: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -110,14 +119,15 @@ def full_disk(work: Path, whole: dict[str, torch.Tensor]) -> dict[str, Any]:
         message = str(error)
     lost = stopped.step - newest(work / "stopped")
     recovered = equal(tensors(passing), whole) + equal(finished(work / "stopped"), whole)
-    return {"runs": 2, "recovered_bitwise": recovered, "steps_lost": lost, "names_bytes": "needed" in message}
+    return {"runs": 2, "survived": recovered, "steps_lost": lost, "names_bytes": "needed" in message}
 
 
 def launch(
-    folder: Path, changes: dict[str, Any], ranks: int = 1, until: int | None = None
+    folder: Path, changes: dict[str, Any], ranks: int = 1, until: int | None = None, dies_at: str = ""
 ) -> list[subprocess.Popen[str]]:
+    """Starts a run; ``dies_at`` is RANK:STEP of a process that kills itself."""
     port = str(20000 + os.getpid() % 20000)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "DIES_AT": dies_at, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(changes), json.dumps(until)]
     processes = []
     for rank in range(ranks):
@@ -151,15 +161,37 @@ def signalled(work: Path, whole: dict[str, torch.Tensor], number: int) -> dict[s
     lost = last - max(0, newest(folder))
     return {
         "runs": 1,
-        "recovered_bitwise": int(equal(finished(folder), whole)),
+        "survived": int(equal(finished(folder), whole)),
         "steps_lost": lost,
         "exit_status": process.returncode if process.returncode >= 0 else 128 - process.returncode,
-        "seconds_to_exit": round(seconds, 2),
+        "worst_seconds": round(seconds, 2),
     }
 
 
 def _wait(processes: list[subprocess.Popen[str]]) -> list[tuple[str, int]]:
     return [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+
+
+def killed_rank(work: Path) -> dict[str, Any]:
+    """SIGKILL to the second of two processes at step 5: the first must end by itself; both then start again."""
+    uninterrupted, folder = work / "two", work / "killed"
+    _wait(launch(uninterrupted, RECIPE, ranks=2))
+    processes = launch(folder, RECIPE, ranks=2, dies_at="1:5")
+    processes[1].wait(timeout=120)
+    died = time.perf_counter()
+    ends = _wait(processes)
+    seconds = time.perf_counter() - died
+    lost = 5 - newest(folder)
+    _wait(launch(folder, RECIPE, ranks=2))
+    one, other = (Trainer(tiny(**RECIPE), path) for path in (uninterrupted, folder))
+    for trainer in (one, other):
+        checkpoint.load(trainer.out / "checkpoints" / f"step-{STEPS}", trainer.networks.tensors())
+    return {
+        "runs": 1,
+        "survived": int(equal(tensors(one), tensors(other)) and ends[0][1] > 0),
+        "steps_lost": lost,
+        "worst_seconds": round(seconds, 2),
+    }
 
 
 def nan_on_one_rank(work: Path) -> dict[str, Any]:
@@ -172,14 +204,28 @@ def nan_on_one_rank(work: Path) -> dict[str, Any]:
     ends = [_wait(launch(work / name, changes, ranks=2, until=until)) for name, until in (("before", 5), ("nan", None))]
     before, again = (Trainer(tiny(**changes), work / name) for name in ("before", "nan"))
     checkpoint.load(work / "before" / "checkpoints" / "step-5", before.networks.tensors())
+    stopped = all(TrainingDiverged.__name__ in stderr and code for stderr, code in ends[1])
     losses = again.replay(work / "nan" / "nonfinite-step-5.json")
     return {
         "runs": 1,
-        "all_ranks_stopped": all(TrainingDiverged.__name__ in stderr and code for stderr, code in ends[1]),
+        "survived": int(stopped and equal(tensors(before), tensors(again))),
         "steps_lost": 5 - newest(work / "nan"),
-        "state_is_that_before_bitwise": equal(tensors(before), tensors(again)),
         "dump_replays_it": [bool(loss.total.isfinite()) for loss in losses] == [True, False],
     }
+
+
+def kills() -> list[dict[str, Any]]:
+    """The row of ``kill_resume.py``, if it has been run."""
+    file = RESULTS / "kill_resume.json"
+    if not file.is_file():
+        return []
+    found = json.loads(file.read_text(encoding="utf-8"))
+    told = {
+        "runs": found["kills"],
+        "survived": sum(r["kills"] for r in found["rounds"] if not r["different"]),
+        "steps_lost": max(lost for r in found["rounds"] for lost in r["steps_lost"]),
+    }
+    return [{"fault": "SIGKILL at random moments", **told, "commit": found["commit"]}]
 
 
 def main() -> None:
@@ -195,13 +241,17 @@ def main() -> None:
             "SIGINT": lambda: signalled(work, whole, signal.SIGINT),
             "SIGKILL": lambda: signalled(work, whole, signal.SIGKILL),
             "NaN on one of two ranks": lambda: nan_on_one_rank(work),
+            "SIGKILL to one of two ranks": lambda: killed_rank(work),
         }
-        rows = []
+        for number, (name, damage) in enumerate(ROWS.items()):
+            cases[name] = lambda damage=damage, number=number: damage(work / f"files-{number}")
+        rows = kills()
         for name, run in cases.items():
             started = time.perf_counter()
             rows.append({"fault": name, **run(), "seconds": round(time.perf_counter() - started, 1)})
             print(rows[-1], flush=True)
-        save("faults", {"steps": STEPS, "save_every": EVERY, "errno": errno.errorcode[errno.ENOSPC], "rows": rows})
+        about = {"steps": STEPS, "save_every": EVERY, "kills_save_every": COMMON["train.save_every"]}
+        save("faults", {**about, "errno": errno.errorcode[errno.ENOSPC], "rows": rows})
     finally:
         shutil.rmtree(work)
 

@@ -79,8 +79,8 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-def kill_at_random(folder: Path, changes: dict, chance: random.Random) -> int:
-    """Starts, kills, and returns the last step heard (-1: none yet)."""
+def kill_at_random(folder: Path, changes: dict, chance: random.Random) -> tuple[int, int]:
+    """Starts and kills: the last step heard (-1: none yet), and how many of the steps heard are to be made again."""
     process = launch(folder, changes)
     steps = chance.randint(1, 12)
     early = chance.random() < 0.2
@@ -97,7 +97,8 @@ def kill_at_random(folder: Path, changes: dict, chance: random.Random) -> int:
         time.sleep(chance.uniform(0.0, 0.3))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    return last
+    path = checkpoint.latest(folder / "checkpoints")
+    return last, max(0, last - (0 if path is None else int(path.name.removeprefix("step-"))))
 
 
 def main() -> None:
@@ -118,7 +119,14 @@ def main() -> None:
             [k for k in whole if not torch.equal(whole[k], killed[k])] if whole.keys() == killed.keys() else ["names"]
         )
         rounds.append(
-            {"case": name, "kills": kills, "killed_after_step": at, "tensors": len(whole), "different": different}
+            {
+                "case": name,
+                "kills": kills,
+                "killed_after_step": [step for step, _ in at],
+                "steps_lost": [lost for _, lost in at],
+                "tensors": len(whole),
+                "different": different,
+            }
         )
         print(rounds[-1], flush=True)
     shutil.rmtree(work)

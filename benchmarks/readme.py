@@ -84,16 +84,21 @@ def sampling() -> list[str]:
 def faults() -> list[str]:
     result = _result("faults")
     return [
-        "| fault | runs | go on bitwise | most steps lost |",
-        "|---|---|---|---|",
+        "| `make faults`: fault | runs | go on bitwise | refused | most steps lost | worst |",
+        "|---|---|---|---|---|---|",
         *(
-            f"| {row['fault']} | {row['runs']} | {row.get('recovered_bitwise', 'stops, state untouched')} | "
-            f"{row['steps_lost']} |"
+            f"| {row['fault']} | {row['runs']} | {row.get('survived', '')} | {row.get('refused', '')} | "
+            f"{row.get('steps_lost', '')} | {_seconds(row)} |"
             for row in result["rows"]
         ),
         "",
-        f"A checkpoint every {result['save_every']} steps. " + _source(result, "python benchmarks/faults.py"),
+        f"A checkpoint every {result['save_every']} steps; {result['kills_save_every']} in the first row. "
+        + _source(result, "python benchmarks/faults.py"),
     ]
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    return f"{row['worst_seconds']:.2g} s" if "worst_seconds" in row else ""
 
 
 def _difference(row: dict[str, float]) -> str:
