@@ -24,6 +24,8 @@ class PlanOptions:
     """devices"""
     efficiency: float = 0.4
     """assumed share of the peak, the one guess in the table; public training of small transformers reaches 0.12-0.46"""
+    network: Annotated[tuple[float, float] | None, arg(metavar="INSIDE BETWEEN")] = None
+    """GB/s that a device sends inside its machine and to others; default: the makers' figures for the device"""
     latent: Annotated[tuple[int, ...], arg(metavar="C H W")] = ()
     """what the model sees; default: read from the data of the recipe"""
     num_classes: Annotated[int | None, arg(metavar="N")] = None
@@ -41,13 +43,15 @@ def run(args: list[str]) -> int:
     options, rest = parse_known(PlanOptions, "plan", args, ALSO)
 
     from untwine.config import apply_flags, load_yaml
+    from untwine.training.communication import Links
     from untwine.training.planning import plan
     from untwine.training.recipe import Recipe, find_recipe
 
     data = load_yaml(find_recipe(options.recipe))
     recipe = Recipe.from_dict(apply_flags(Recipe, data, rest, prog=f"untwine plan {options.recipe}"))
     recipe, latent = _of_data(recipe) if not options.latent else _as_told(recipe, options)
-    found = plan(recipe, latent, device=options.device, count=options.count, efficiency=options.efficiency)
+    links = None if options.network is None else Links(*options.network)
+    found = plan(recipe, latent, device=options.device, count=options.count, efficiency=options.efficiency, links=links)
     show(f"untwine plan {recipe.name}: {options.count} x {options.device}, latents {latent}", _rows(found, options))
     if options.out is not None:
         record = {**asdict(found), "memory": found.memory, "hours": found.hours, "options": asdict(options)}
@@ -92,6 +96,25 @@ def _rows(found: Any, options: PlanOptions) -> dict[str, str]:
         "arithmetic": _work(found),
         "time": f"{1000 * found.step_seconds:,.1f} ms a step, {found.hours:,.2f} h for {found.num_steps} steps, "
         f"if {options.efficiency:.0%} of the peak is reached",
+        **_sent(found),
+    }
+
+
+def _sent(found: Any) -> dict[str, str]:
+    """The rows on communication, with what they assume."""
+    sent = found.communication
+    if sent is None:
+        return {}
+    spread = f"{sent.strategy}, {sent.copies} copies" + (f" of {sent.shards} shards" if sent.shards > 1 else "")
+    weights = f"{_size(sent.gathered)} of weights + " if sent.gathered else ""
+    rows = {"communication": f"{weights}{_size(sent.reduced)} of gradients sent a step by each device ({spread})"}
+    scaling = sent.scaling(found.step_seconds)
+    if scaling is None:
+        return rows | {"scaling": "not known: tell what a device sends with --network INSIDE BETWEEN (GB/s)"}
+    apart, hidden = scaling
+    return rows | {
+        "scaling": f"{1000 * sent.seconds:,.1f} ms a step if rings reach the links' full speed: {apart:.0%} of ideal "
+        f"if none of it overlaps with arithmetic, {hidden:.0%} if all does"
     }
 
 

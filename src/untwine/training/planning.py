@@ -2,7 +2,7 @@
 
 Sizes come from a training step made with tensors that have a shape and no memory, so they hold for every backbone,
 optimizer and average. Arithmetic comes from the backbone's formula. Time is arithmetic over the device's peak times an
-assumed efficiency, which is the one guess here.
+assumed efficiency, which is the one guess here; :mod:`.communication` tells what several devices add to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from untwine.contracts import Condition, Tokens
 from untwine.registry import did_you_mean
-from untwine.training.distributed import Distributed, resolve_strategy
+from untwine.training.communication import LINKS, Communication, Links, communication
+from untwine.training.distributed import Distributed, Strategy, resolve_strategy
 from untwine.training.networks import Networks
 from untwine.training.recipe import Recipe
 from untwine.training.speed import TRAINING, flops, gemm_peak
@@ -61,6 +62,8 @@ class Plan:
     num_steps: int
     memory_gib: float | None
     """of one device"""
+    communication: Communication | None = None
+    """of one step; None for one device"""
 
     @property
     def memory(self) -> int:
@@ -78,7 +81,13 @@ class Plan:
 
 
 def plan(
-    recipe: Recipe, latent_shape: tuple[int, ...], *, device: str = "cpu", count: int = 1, efficiency: float = 0.4
+    recipe: Recipe,
+    latent_shape: tuple[int, ...],
+    *,
+    device: str = "cpu",
+    count: int = 1,
+    efficiency: float = 0.4,
+    links: Links | None = None,
 ) -> Plan:
     """The needs of ``recipe`` on ``count`` devices.
 
@@ -88,6 +97,7 @@ def plan(
         count: devices.
         efficiency: share of the peak that training reaches, in (0, 1]; published 256-token transformers reach 0.12 to
             0.46.
+        links: how fast devices send to each other; default: the makers' figures for ``device``.
 
     Raises:
         ValueError: for an unknown device, a count below 1, an efficiency outside (0, 1], or a batch that does not
@@ -105,7 +115,7 @@ def plan(
         )
     micro_batch = train.batch_size // (count * train.accumulation)
     sizes = _Sizes(recipe, latent_shape, micro_batch)
-    shards = _shards(recipe, sizes.model, count)
+    strategy, shards = _spread(recipe, sizes.model, count)
     work = flops(sizes.model, latent_shape)
     if work is None:
         raise ValueError(f"model: {recipe.model.kind} does not say what a forward pass costs (a method `flops`)")
@@ -125,6 +135,17 @@ def plan(
         step_seconds=passes * work * train.batch_size / (peak * efficiency * count),
         num_steps=train.num_steps,
         memory_gib=DEVICES[device].memory_gib if device in DEVICES else None,
+        communication=None
+        if count == 1
+        else communication(
+            strategy,
+            sizes.trained,
+            count=count,
+            shards=shards,
+            accumulation=train.accumulation,
+            bytes_per_weight=2 if train.parallel.param_dtype == "bfloat16" else 4,
+            links=links or LINKS.get(device),
+        ),
     )
 
 
@@ -135,15 +156,16 @@ def _peak(device: str, dtype: str) -> float:
     return 1e12 * (found.bfloat16_tflops if dtype == "bfloat16" else found.float32_tflops)
 
 
-def _shards(recipe: Recipe, model: nn.Module, count: int) -> int:
-    """Devices over which one copy of weights, gradients, averages and optimizer state is spread."""
+def _spread(recipe: Recipe, model: nn.Module, count: int) -> tuple[Strategy, int]:
+    """How the model is spread, and over how many devices one copy of weights, averages and optimizer state is."""
     if count == 1:
-        return 1
+        return "none", 1
     processes = Distributed(torch.device("cpu"), world_size=count)
     strategy = resolve_strategy(recipe.train.parallel, model, processes)
-    if strategy == "hsdp":
-        return recipe.train.parallel.shard_size or min(count, 8)
-    return count if strategy == "fsdp" else 1
+    shards = {"fsdp": count, "hsdp": recipe.train.parallel.shard_size or min(count, 8)}.get(strategy, 1)
+    if count % shards:
+        raise ValueError(f"shard_size must divide the {count} devices, got {shards}")
+    return strategy, shards
 
 
 class _Sizes:
@@ -162,6 +184,7 @@ class _Sizes:
                     p.grad = torch.zeros_like(p)
                 networks.update(name, 0)
             self.parameters = sum(p.numel() for p in self.model.parameters())
+            self.trained = sum(p.numel() for o in networks.optimizers.values() for p in o.parameters)
             self.weights = _bytes(p for module in networks.modules.values() for p in module.parameters())
             self.optimizer = _bytes(t for o in networks.optimizers.values() for t in o.tensors().values())
             self.averages = _bytes(t for average in networks.averages for t in average.tensors().values())
