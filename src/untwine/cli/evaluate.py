@@ -60,9 +60,9 @@ def run(args: list[str]) -> int:
     from untwine.evaluation.protocols import find_protocol
     from untwine.evaluation.report import evaluate
     from untwine.pipelines.writing import prepare_folder
-    from untwine.training.distributed import Distributed
+    from untwine.training.distributed import DAY, Distributed
 
-    processes = Distributed.start(options.device)
+    processes = Distributed.start(options.device, timeout_seconds=DAY)
     device = processes.device
     protocol = find_protocol(options.protocol, num_samples=options.num_samples)
     drawn = _is_checkpoint(options.samples)

@@ -73,11 +73,11 @@ def run(args: list[str]) -> int:
     from untwine.pipelines.loading import load
     from untwine.pipelines.series import Series
     from untwine.pipelines.writing import draw_into, prepare_folder
-    from untwine.training.distributed import Distributed
+    from untwine.training.distributed import DAY, Distributed
 
     if options.solver and options.solver not in SOLVERS:
         SOLVERS[options.solver]  # says which there are
-    processes = Distributed.start(options.device)
+    processes = Distributed.start(options.device, timeout_seconds=DAY)
     pipe = load(
         options.checkpoint,
         weights=options.weights,

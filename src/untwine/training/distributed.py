@@ -25,6 +25,8 @@ T = TypeVar("T")
 Strategy = Literal["none", "ddp", "fsdp", "hsdp"]
 TIMEOUT_SECONDS = 600
 """after which a collective that a dead process does not join fails on the others"""
+DAY = 86_400
+"""a time-out where processes work for hours without a word to each other; one that dies is noticed all the same"""
 _DDP_LIMIT = 10**9
 _group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)
 """over which this thread's processes speak; None = the one that training uses"""
@@ -76,6 +78,12 @@ class Distributed:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
         return cls(here, rank(), world_size(), local, owns)
+
+    def set_timeout(self, seconds: float) -> None:
+        """Another time-out from now on, for the collectives of training."""
+        if self.world_size > 1:
+            change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+            change(timedelta(seconds=seconds))
 
     @property
     def is_main(self) -> bool:

@@ -65,6 +65,8 @@ class TrainConfig:
     """beside log.jsonl: tensorboard, wandb, trackio"""
     deterministic: bool = False
     """replace or refuse operations whose result depends on timing"""
+    timeouts: tuple[float, float] = (1800.0, 600.0)
+    """seconds that processes wait for each other: until the first step is made, which compiles, and afterwards"""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
@@ -82,6 +84,8 @@ class TrainConfig:
             raise ValueError(f"clip_norm must be > 0 or null, got {self.clip_norm}")
         if self.num_workers < 0:
             raise ValueError(f"num_workers must be >= 0, got {self.num_workers}")
+        if not min(self.timeouts) > 0:
+            raise ValueError(f"timeouts must be two positive numbers of seconds, got {self.timeouts}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +202,7 @@ FREE = (
     "train.evaluation",
     "train.loggers",
     "train.deterministic",
+    "train.timeouts",
     "train.parallel",
 )
 

@@ -87,7 +87,7 @@ class Trainer:
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         self.out = Path(out) if out is not None else Path("runs") / self.recipe.name
         self.init, self.init_weights = init, init_weights
-        self.processes = Distributed.start(device)
+        self.processes = Distributed.start(device, timeout_seconds=self.recipe.train.timeouts[0])
         self.draws = Draws(self.recipe.seed)
         self.report: Report | None = None
         """after ``init``: which parameters were kept, and which were re-initialised"""
@@ -148,8 +148,12 @@ class Trainer:
             if self.step < last:
                 self._prepare()
                 with self.keeper, Profiler(profile, self.out, self.processes) as profiler:
+                    self.processes.set_timeout(self.recipe.train.timeouts[0])
+                    first = self.step
                     for micro_batches in self._batches(signals):
                         self._update(micro_batches)
+                        if self.step == first:
+                            self.processes.set_timeout(self.recipe.train.timeouts[1])
                         self.step += 1
                         profiler.step()
                         self._do_what_is_due(last)
