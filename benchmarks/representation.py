@@ -23,7 +23,6 @@ from typing import Any
 
 import common
 import torch
-import torch.nn.functional as F
 from common import paired, save
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from untwine.contracts import Condition
 from untwine.data.base import Dataset
 from untwine.diffusion.draws import Draws
 from untwine.diffusion.paths import LinearPath
+from untwine.evaluation.probe import ridge_accuracy
 from untwine.evaluation.protocols import Protocol, find_protocol
 from untwine.evaluation.references import Reference, from_dataset
 from untwine.evaluation.report import evaluate
@@ -102,12 +102,7 @@ def probe(trainer: Trainer, folder: Path, count: int) -> float:
     (x, y), (held_x, held_y) = (
         pooled(model, trainer, part, count) for part in (trainer.training_set, trainer.held_out)
     )  # fmt: skip
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
-    x, held_x = (F.pad((v - mean) / std, (0, 1), value=1.0).double() for v in (x, held_x))
-    targets = F.one_hot(y, trainer.dataset.num_classes).double()
-    ridge = 1e-2 * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
-    weights = torch.linalg.solve(x.T @ x + ridge, x.T @ targets)
-    return float(((held_x @ weights).argmax(1) == held_y).double().mean())
+    return ridge_accuracy(x, y, held_x, held_y)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from diffusers import AutoencoderRAE
 
 from untwine.codecs.rae_features import FeatureMaps
 from untwine.codecs.rae_model import RAE
+from untwine.codecs.rae_siglip import nested_siglip
 from untwine.config import Component
 from untwine.encoders.base import Encoder
 
@@ -35,7 +36,8 @@ def save_diffusers(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """A folder of diffusers' AutoencoderRAE."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        AutoencoderRAE(**{**SMALL, **changes}).save_pretrained(folder)
+        with nested_siglip():
+            AutoencoderRAE(**{**SMALL, **changes}).save_pretrained(folder)
     return folder
 
 

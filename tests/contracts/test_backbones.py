@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sit": {"depth": 3},
     "lightningdit": {"depth": 3, "patch_size": 2},
     "ddt_head": HEAD,
+    "umd": {"depth": 3, "decoder_depth": 1},
 }
 # The same networks with their condition as tokens, normalised queries and keys, and the encoder's own prediction.
 IN_CONTEXT: dict[str, dict[str, Any]] = {

@@ -31,7 +31,13 @@ class Counting(TorchDispatchMode):
 
 def recipe(**changes):
     wide = {"kind": "ddt", "hidden_size": 64, "depth": 6, "encoder_depth": 4, "num_heads": 2}
-    told = {"model": wide, "model.in_channels": 1, "model.num_classes": 10, "train.accumulation": 2, "train.num_steps": 2}
+    told = {
+        "model": wide,
+        "model.in_channels": 1,
+        "model.num_classes": 10,
+        "train.accumulation": 2,
+        "train.num_steps": 2,
+    }
     return tiny(**told, **changes)
 
 

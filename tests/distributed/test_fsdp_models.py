@@ -30,6 +30,7 @@ OPTIONS = {
     "dit": SINGLE,
     "sit": SINGLE,
     "lightningdit": {**SINGLE, "patch_size": 2},
+    "umd": {**SINGLE, "depth": 2, "decoder_depth": 1},
 }
 
 
@@ -104,7 +105,7 @@ CASES: tuple[tuple[str, Callable[[Any], Any], Callable[[Any], Tensor]], ...] = (
     ("ddt", shard_then_compile, sampled),
     ("ddt_head", shard, split),
     ("ddt_head", shard_then_compile, sampled),
-    *((name, shard, forward) for name in ("improved_dit", "dit", "sit", "lightningdit")),
+    *((name, shard, forward) for name in ("improved_dit", "dit", "sit", "lightningdit", "umd")),
 )
 
 

@@ -39,7 +39,7 @@ class SampleOptions:
     batch_size: int = 64
     """images computed at once; changes speed and memory only"""
     solver: Annotated[str | None, arg(metavar="NAME")] = None
-    """euler, heun, adams_bashforth, ddim, ddpm; its options are flags such as --solver.order 3"""
+    """euler, heun, adams_bashforth, dopri5, ddim, ddpm; its options are flags such as --solver.order 3"""
     plan: Annotated[Path | None, arg(metavar="FILE")] = None
     """sharing plan of `untwine accelerate`; brings the sampler's settings"""
     weights: Annotated[str, arg(metavar="ema:K|raw|posthoc:SIGMA")] = "ema:0"

@@ -69,8 +69,9 @@ def run(args: list[str]) -> int:
         trainer.processes.close()
     if trainer.processes.is_main:
         print(f"{result.folder}: step {result.step}, validation loss {_rounded(result.metrics.get('validation_loss'))}")
-        if trainer.recipe.model.kind not in AUTOENCODERS:
-            print(f"sample it: untwine sample {result.folder}")
+        is_codec = trainer.recipe.model.kind in AUTOENCODERS
+        print("make it a codec:" if is_codec else "sample it:", end=" ")
+        print(f"untwine convert {result.folder} --out FOLDER" if is_codec else f"untwine sample {result.folder}")
     return 0
 
 

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 from diffusers.models.autoencoders.autoencoder_rae import AutoencoderRAE
 from torch import Tensor
 
 from untwine.codecs.base import Codec, Encoding, warn_unless_unit
 from untwine.codecs.rae_model import EPS, RAE
+from untwine.codecs.rae_siglip import nested_siglip
 from untwine.codecs.vae import _find, _hash, _load, _weights
 from untwine.diffusion.draws import Draws
 
@@ -50,12 +50,13 @@ class RAECodec(Codec):
         self.config = _read_config(self.folder)
         self._weights = _weights(self.folder)
         self._module: Any = None
-        self._latent_shape, self._image_size = _geometry(self.config, self.folder)
+        self._latent_shape, self._image_size = geometry(self.config, self.folder)
 
     def model(self, device: torch.device | str = "cpu") -> Any:
         """The autoencoder itself, an ``AutoencoderRAE`` or :class:`RAE`, in evaluation mode."""
         if self._module is None:
-            self._module = _load(CLASSES[self.config["_class_name"]], self.folder, self.dtype)
+            with nested_siglip():
+                self._module = _load(CLASSES[self.config["_class_name"]], self.folder, self.dtype)
         return self._module.to(device)
 
     @property
@@ -151,7 +152,7 @@ def set_statistics(model: AutoencoderRAE | RAE, mean: Tensor | None, var: Tensor
     """
     if isinstance(model, RAE):
         return model.set_statistics(mean, var)
-    shape, _ = _geometry(model.config, Path(type(model).__name__))
+    shape, _ = geometry(model.config, Path(type(model).__name__))
     given = {
         "latents_mean": mean,
         "latents_std": None if var is None else (var.double() + EPS).sqrt() - EPS,
@@ -189,7 +190,7 @@ def to_diffusers(decoder: RAE, encoder: str | Path) -> AutoencoderRAE:
             f"{', '.join(ENCODERS)} of width {decoder.config.latent_shape[0]}"
         )
     c, d = decoder.config, decoder.decoder
-    try:
+    with nested_siglip():
         model = AutoencoderRAE(
             encoder_type=ENCODERS[told.model_type],
             encoder_hidden_size=told.hidden_size,
@@ -204,11 +205,6 @@ def to_diffusers(decoder: RAE, encoder: str | Path) -> AutoencoderRAE:
             encoder_norm_mean=list(c.pixel_mean),
             encoder_norm_std=list(c.pixel_std),
         )
-    except AttributeError as error:
-        raise ValueError(
-            f"encoder: diffusers {diffusers.__version__} cannot build a {told.model_type} with this version of "
-            f"transformers ({error})"
-        ) from error
     if not torch.allclose(model.decoder.decoder_pos_embed, d.decoder_pos_embed):  # type: ignore[arg-type]
         raise ValueError(
             f"decoder: diffusers rebuilds the positions of 16 x 16 patches only, this one has {c.num_patches}; use a "
@@ -242,8 +238,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _geometry(config: Any, where: Path) -> tuple[tuple[int, int, int], int]:
-    """(shape of the latents, side of the pictures)."""
+def geometry(config: Any, where: Path) -> tuple[tuple[int, int, int], int]:
+    """(shape of the latents, side of the pictures) of an autoencoder's config."""
     try:
         if "latent_shape" in config:
             channels, height, width = config["latent_shape"]

@@ -14,7 +14,8 @@ from torch import Tensor
 from untwine.config import Component
 from untwine.encoders.base import Encoder
 
-TOKENS = "tokens"
+TOKENS, POOLED = "tokens", "pooled"
+"""sites that every encoder has: its own map, and its one vector a picture, as a map of one position"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class FeatureMaps:
 
     encoder: Component[Encoder] = field(default=Component(Encoder.kinds, "efflite0", {"side": 64}))
     sites: tuple[str, ...] = (TOKENS,)
-    """module paths in the encoder whose output is a map (B, C, h, w) or tokens (B, N, C); ``tokens``: its own map"""
+    """module paths in the encoder whose output is a map (B, C, h, w) or tokens (B, N, C); ``tokens``: its own map;
+    ``pooled``: its one vector a picture"""
 
     def __post_init__(self) -> None:
         if not self.sites:
@@ -47,10 +49,11 @@ class FeatureMaps:
         network, found = self.network.to(images.device), {}
         with ExitStack() as hooks:
             for site in self.sites:
-                if site != TOKENS:
+                if site not in (TOKENS, POOLED):
                     handle = self._module(site).register_forward_hook(partial(_keep, found, site))
                     hooks.callback(handle.remove)
-            found[TOKENS] = network(images).tokens
+            features = network(images)
+        found |= {TOKENS: features.tokens, POOLED: features.pooled[..., None, None]}
         return [_as_map(found.get(site), f"{network.name} at {site!r}") for site in self.sites]
 
     @torch.no_grad()

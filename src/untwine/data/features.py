@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from untwine.codecs.rae_features import FeatureMaps
+from untwine.codecs.rae_features import POOLED, FeatureMaps
 from untwine.contracts import Batch
 from untwine.data.base import Dataset
 
+CLASS_TOKEN = "class_token"
+"""what an encoder's one vector a picture is called, (B, z)"""
 CHUNK = 16
 """pictures encoded at once, always as many: a convolution rounds differently in batches of another size"""
 
@@ -20,7 +22,7 @@ CHUNK = 16
 def names_of(maps: FeatureMaps) -> tuple[str, ...]:
     """What the features of each site are called in ``batch.features``: equal names, equal features."""
     options = ", ".join(f"{name}={value}" for name, value in maps.encoder.options.items())
-    return tuple(f"{maps.encoder.kind}({options})/{site}" for site in maps.sites)
+    return tuple(CLASS_TOKEN if site == POOLED else f"{maps.encoder.kind}({options})/{site}" for site in maps.sites)
 
 
 class FrozenFeatures:
@@ -41,7 +43,10 @@ class FrozenFeatures:
                 f"data: encoders need pictures of 1 or 3 channels, and these samples have {channels}; train from the "
                 "pictures, not from a cache of latents"
             )
-        self.maps = {names_of(m): m for m in maps}
+        self.maps: dict[tuple[str, ...], FeatureMaps] = {}
+        for wanted in maps:
+            if self.maps.setdefault(names_of(wanted), wanted) != wanted:
+                raise ValueError(f"terms: two encoders for one {CLASS_TOKEN}; name the same one")
         self.budget = 0 if dataset.flip or dataset.crop == "random" else int(cache_mib * 2**20)
         self._kept: dict[int, tuple[Tensor, ...]] = {}
 
@@ -59,6 +64,8 @@ class FrozenFeatures:
         names = [name for names in self.maps for name in names]
         columns = zip(*(row for row in rows.values() if row is not None))
         found = {name: torch.stack(column).to(x.device).float() for name, column in zip(names, columns)}
+        if CLASS_TOKEN in found:
+            found[CLASS_TOKEN] = found[CLASS_TOKEN][:, 0]
         return replace(batch, features={**batch.features, **found})
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ PATHS = Registry(
         "cosine": "untwine.diffusion.paths:CosinePath",
         "vp": "untwine.diffusion.paths:VPPath",
         "discrete": "untwine.diffusion.paths:DiscretePath",
+        "cosine_chain": "untwine.diffusion.chains:CosineChain",
     },
 )
 TIME_DRAWS = Registry(
@@ -28,6 +29,7 @@ SOLVERS = Registry(
         "stochastic_heun": "untwine.diffusion.solvers:StochasticHeun",
         "midpoint": "untwine.diffusion.solvers:Midpoint",
         "mean_flow": "untwine.diffusion.solvers:MeanFlow",
+        "dopri5": "untwine.diffusion.solvers:Dopri5",
         "adams_bashforth": "untwine.diffusion.solvers:AdamsBashforth",
         "ddim": "untwine.diffusion.solvers:DDIM",
         "ddpm": "untwine.diffusion.solvers:AncestralDDPM",

@@ -70,6 +70,7 @@ def integrate(
         raise ValueError(f"start and stop must satisfy 0 <= start <= stop <= {num_steps}, got {start}, {stop}")
     if noise is None and solver.stochastic:
         raise ValueError(f"{type(solver).__name__} is stochastic: pass noise, a function of StepInfo")
+    _check_fixed_steps(solver, refresh=refresh)
     told = _itinerary(solver, grid, _check_refresh(refresh, start, num_steps), start, stop)
     memory = solver.init(x)
     for i in range(start, stop):
@@ -88,6 +89,15 @@ def integrate(
         if on_step is not None and on_step(at, x) is False:
             raise Cancelled(i)
     return x
+
+
+def _check_fixed_steps(solver: Solver, **given: Any) -> None:
+    """Refuses what makes the velocity jump under a solver that chooses its steps by how smooth it is."""
+    if solver.adaptive and (names := [name for name, value in given.items() if value is not None]):
+        raise ValueError(
+            f"{names[0]}: {type(solver).__name__} chooses its own times by the error of a smooth velocity, and cannot "
+            "plan for one that changes on the way; leave it out, or take a solver of fixed steps such as heun"
+        )
 
 
 def _check_refresh(refresh: Collection[int] | None, start: int, num_steps: int) -> Collection[int] | None:
@@ -172,6 +182,8 @@ class Sampling:
                 f"got {self.refresh_every}"
             )
         _check_refresh(self.refresh, 0, self.num_inference_steps)
+        intervals = {"guidance_interval": self.guidance_interval, "internal_interval": self.internal_interval}
+        _check_fixed_steps(self.solver, **intervals, refresh=self.refresh_steps)
         check_order(self.forecast_order)
 
     @property
@@ -247,10 +259,12 @@ def sample(
         )
     null = None if null is None else null.to(device)
     guided = guided_by(sampling, model, condition.to(device), grid, path, null)
+    packed_shape = getattr(model, "packed_shape", None)  # of a model that draws more than the image
+    shape = shape if packed_shape is None else packed_shape(shape)
     x, noise = noises(draws, shape, index, device=device)
     with _fresh_attachments(model):
         x = integrate(sampling.solver, guided, x, grid, path=path, noise=noise, refresh=refresh, on_step=on_step)
-    return x, guided
+    return (x if packed_shape is None else model.unpack(x)["image"]), guided
 
 
 def noises(

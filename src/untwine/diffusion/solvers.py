@@ -33,6 +33,8 @@ class Solver:
     stochastic: ClassVar[bool] = False
     averages: ClassVar[bool] = False
     """whether it asks for the mean velocity over a step, which a network of two times predicts"""
+    adaptive: ClassVar[bool] = False
+    """whether it chooses times of its own between two of the grid, which :meth:`evaluations` then cannot tell"""
 
     def init(self, x: Tensor) -> Memory:
         """What is remembered before the first step."""
@@ -191,6 +193,46 @@ class StochasticHeun(_OnSDE):
         x = x + noise(0) * (2 * self._weight(path, grid[i]) * abs(dt)) ** 0.5
         before = drift(x, grid[i], 0)
         return x + (before + drift(x + before * dt, grid[i + 1], 1)) * (dt / 2), memory
+
+
+@dataclass(frozen=True)
+class Dopri5(Solver):
+    """Dormand and Prince's pair of order 5(4) on the ODE, in steps that its error estimate asks for; by torchdiffeq.
+
+    The ODE sampler of SiT (arXiv 2401.08740). A grid of one step is one integration, whose evaluations the report
+    counts; on a finer grid it starts anew at each time. Steps are chosen for the whole batch, so that an image is the
+    same in another batch within the tolerances only. The last step ends at the end, where the reference steps over it
+    and interpolates: no network is asked about times outside [0, 1].
+
+    Raises:
+        ImportError: without torchdiffeq.
+    """
+
+    adaptive: ClassVar[bool] = True
+    rtol: float = 1e-3
+    """accepted error of a step, relative to x"""
+    atol: float = 1e-6
+    """and what is accepted where x is zero; both bound the root mean square over the whole batch"""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.rtol < math.inf and 0 < self.atol < math.inf):
+            raise ValueError(f"rtol and atol must be finite and > 0, got {self.rtol} and {self.atol}")
+
+    def step(self, denoise, x, memory, i, grid, path, noise):
+        try:
+            from torchdiffeq import odeint
+        except ImportError as error:
+            raise ImportError("solver dopri5 needs torchdiffeq: pip install untwine[ode]") from error
+
+        start, end = float(grid[i]), float(grid[i + 1])
+
+        def velocity(t: Tensor, x: Tensor) -> Tensor:
+            return denoise(x, t.double().cpu().clamp(min(start, end), max(start, end)), 0).velocity
+
+        times = grid[i : i + 2].to(x.device)
+        options = {"step_t": times[1:]}
+        found = odeint(velocity, x, times, rtol=self.rtol, atol=self.atol, method="dopri5", options=options)
+        return found[-1], memory
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,21 @@
 """Our DiT as diffusers' ``DiTTransformer2DModel``, and back, without a bit lost.
 
 diffusers keeps a copy of the time and label embedders in every block, writes q, k and v apart, and a patch as (row,
-column, channel). Its time frequencies fall to ``1 / max_period`` itself instead of one factor short of it: what
-:func:`to_diffusers` returns computes with the official ones, but a copy that diffusers loads from a folder does not,
-as none of diffusers' DiT pipelines does.
+column, channel). Its time frequencies fall to ``1 / max_period`` itself instead of one factor short of it, in all of
+its DiT pipelines. No config of diffusers says otherwise, so that the correction belongs to a class of ours,
+:class:`OfficialDiT`: a folder that it wrote computes as the official network where this class reads it, and as
+diffusers' own pipelines do where ``DiTTransformer2DModel`` does. The weights are the same.
 """
 
 from __future__ import annotations
 
+import json
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - where pipelines look for it, by the class below
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor
 
@@ -33,23 +38,36 @@ _EMBEDDERS = {
 _HEAD = {"embedder.proj": "pos_embed.proj", "final_layer.adaln": "proj_out_1", "final_layer.linear": "proj_out_2"}
 
 
-def to_diffusers(model: DiT, *, sample_size: int = 32) -> DiTTransformer2DModel:
-    """A ``DiTTransformer2DModel`` of the weights of ``model``.
+class OfficialDiT(DiTTransformer2DModel):
+    """``DiTTransformer2DModel`` with the time frequencies of the official DiT, in memory and read from a folder."""
+
+    @wraps(DiTTransformer2DModel.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for block in self.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0  # type: ignore[union-attr]
+
+
+def to_diffusers(model: DiT, *, sample_size: int = 32) -> OfficialDiT:
+    """The ``DiTTransformer2DModel`` of the weights of ``model``; ``save_pretrained`` and from_diffusers bring it back.
 
     Args:
-        model: without a stored position table, and with classes.
+        model: a noise predictor of 1000 levels with classes and computed positions.
         sample_size: side of the latents that diffusers' pipelines draw.
 
     Raises:
-        ValueError: for a model that diffusers' class cannot hold.
+        ValueError: for a model that diffusers' class cannot hold; the message names each option.
     """
+    if type(model) is not DiT:
+        raise ValueError(f"model must be a DiT, got a {type(model).__name__}; diffusers has no class for it")
     c = model.config
-    if type(model) is not DiT or c.num_positions or not c.num_classes:
+    written = {"num_positions": 0, "num_timesteps": 1000, "predicts": "noise"}
+    lost = [f"{name}={c[name]!r} (only {value!r})" for name, value in written.items() if c[name] != value]
+    if lost := lost + ([] if c.num_classes else ["num_classes=0 (only models with classes)"]):
         raise ValueError(
-            f"model must be a DiT with classes and computed positions, got {type(model).__name__} with num_classes="
-            f"{c.get('num_classes')}, num_positions={c.get('num_positions')}; diffusers' class has nothing else"
+            f"model: a DiTTransformer2DModel cannot hold {', '.join(lost)}; keep it as a folder of untwine"
         )
-    theirs = DiTTransformer2DModel(
+    theirs = OfficialDiT(  # type: ignore[call-arg]
         num_attention_heads=c.num_heads,
         attention_head_dim=c.hidden_size // c.num_heads,
         in_channels=c.in_channels,
@@ -61,8 +79,6 @@ def to_diffusers(model: DiT, *, sample_size: int = 32) -> DiTTransformer2DModel:
         norm_eps=1e-6,
     )
     theirs.load_state_dict(_their_weights(model))
-    for block in theirs.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = 0  # type: ignore[union-attr]
     return theirs.to(dtype=model.dtype).eval()  # type: ignore[call-arg]
 
 
@@ -86,12 +102,18 @@ def _their_weights(model: DiT) -> dict[str, Tensor]:
     return found
 
 
-def from_diffusers(transformer: DiTTransformer2DModel) -> DiT:
-    """Our DiT of the weights of a ``DiTTransformer2DModel``, for example ``DiTPipeline.transformer``.
+def from_diffusers(transformer: DiTTransformer2DModel | str | Path, *, dtype: torch.dtype = torch.float32) -> DiT:
+    """Our DiT of the weights of a ``DiTTransformer2DModel``, for example ``DiTPipeline.transformer``, or of its folder.
+
+    Args:
+        transformer: the model, or a folder that ``save_pretrained`` of it wrote.
+        dtype: in which a folder is read; a model keeps its own.
 
     Raises:
-        ValueError: for another class or options that DiT does not have.
+        ValueError: for another class, a folder of another model, or options that DiT does not have.
     """
+    if isinstance(transformer, str | Path):
+        transformer = _read(Path(transformer), dtype)
     if not isinstance(transformer, DiTTransformer2DModel):
         raise ValueError(f"transformer must be a DiTTransformer2DModel, got {type(transformer).__name__}")
     c: Any = transformer.config
@@ -111,6 +133,16 @@ def from_diffusers(transformer: DiTTransformer2DModel) -> DiT:
     )
     model.load_state_dict(_our_weights(transformer, model))
     return model.to(dtype=transformer.dtype).eval()  # type: ignore[call-arg]
+
+
+def _read(folder: Path, dtype: torch.dtype) -> DiTTransformer2DModel:
+    try:
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"transformer: {folder} holds no config.json of a DiTTransformer2DModel ({error})") from error
+    if name not in (DiTTransformer2DModel.__name__, OfficialDiT.__name__):
+        raise ValueError(f"transformer: {folder} holds a {name}, not a DiTTransformer2DModel")
+    return OfficialDiT.from_pretrained(folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype)
 
 
 def _our_weights(transformer: DiTTransformer2DModel, model: DiT) -> dict[str, Tensor]:

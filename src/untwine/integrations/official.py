@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from untwine.codecs import TRAINED
+from untwine.integrations.published import grid_side
 from untwine.registry import did_you_mean
 
 NETWORKS: Mapping[str, tuple[str, ...]] = {
@@ -29,6 +30,8 @@ NETWORKS: Mapping[str, tuple[str, ...]] = {
     "dit": ("dit",),
     "sit": ("sit",),
     "repa": ("sit",),
+    "sra": ("sit",),
+    "umd": ("umd",),
     "lightningdit": ("lightningdit",),
     "rae": ("ddt_head", "lightningdit"),
     "rae-decoder": ("rae",),
@@ -54,6 +57,8 @@ class ConvertReport:
     config: dict[str, Any]
     """official constructor arguments"""
     num_parameters: int
+    grid_side: int | None = None
+    """patches a side of the grid that the weights have positions for, where they have a table"""
 
 
 def from_official(
@@ -106,7 +111,8 @@ def convert(
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return ConvertReport(source, out, slug, name, prefix, resolved, sum(p.numel() for p in model.parameters()))
+    size = sum(p.numel() for p in model.parameters())
+    return ConvertReport(source, out, slug, name, prefix, resolved, size, grid_side(weights))
 
 
 def load_official_file(path: Path) -> dict[str, Tensor]:

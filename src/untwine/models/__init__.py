@@ -11,5 +11,6 @@ MODELS = Registry(
         "sit": "untwine.models.sit:SiT",
         "lightningdit": "untwine.models.lightningdit:LightningDiT",
         "ddt_head": "untwine.models.ddt_head:DDTHead",
+        "umd": "untwine.models.umd:UMD",
     },
 )

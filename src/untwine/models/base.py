@@ -185,16 +185,20 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         Of matrix products and attention, for N tokens: see :meth:`~untwine.models.layers.block.Block.flops`, under one
         modulated vector, or N where each token has its own.
         """
-        found: dict[str, int] = {}
-        for name, site in self.sites().items():
-            n = self._num_tokens(site.part, num_tokens)
-            vectors = n if site.part in self.modulated_per_token else 1
-            if site.kind == "head":
-                found[name] = self.final_layer.flops(n, vectors)
-            else:
-                block: Any = self.blocks[site.index] if site.kind != "encoder" else None
-                found[name] = self._state_flops(n) if block is None else block.flops(n, vectors)[site.kind]
-        return found
+        return {
+            name: self.flops_at(name, self._num_tokens(site.part, num_tokens)) for name, site in self.sites().items()
+        }
+
+    def flops_at(self, name: str, num_tokens: int) -> int:
+        """Those behind one site, for the length N of the sequence that it is given."""
+        site = self.sites()[name]
+        vectors = num_tokens if site.part in self.modulated_per_token else 1
+        if site.kind == "head":
+            return self.final_layer.flops(num_tokens, vectors)
+        if site.kind == "encoder":
+            return self._state_flops(num_tokens)
+        block: Any = self.blocks[site.index]
+        return block.flops(num_tokens, vectors)[site.kind]
 
     def flops(self, sample_shape: tuple[int, ...]) -> int:
         """Floating point operations of one forward pass over one sample (C, H, W); see :meth:`site_flops`."""

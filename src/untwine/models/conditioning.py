@@ -7,6 +7,7 @@ costs a third less (DiffusionBench, arXiv 2606.24888). A text can stand there in
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -89,6 +90,18 @@ class LightningBackbone(Backbone):
         if c.conditioning == "adaln":
             return 0
         return c.num_time_tokens * (1 + c.second_time) + (c.num_label_tokens if c.num_classes else 0)
+
+    def flops(self, sample_shape: tuple[int, ...], num_text_tokens: int = 0) -> int:
+        """As every backbone, with the second time, and texts of so many tokens."""
+        c, found = self.config, super().flops(sample_shape)
+        found += 2 * c.hidden_size * (self.time_embedder.frequency_dim + c.hidden_size) * bool(c.second_time)
+        if not num_text_tokens:
+            return found
+        part, indices = next(iter(self.parts.items()))  # the encoder, or all there is
+        length = self._num_tokens(part, math.prod(sample_shape[1:]) // c.patch_size**2)
+        for i in indices:
+            found += self.flops_at(f"blocks.{i}", length + num_text_tokens) - self.flops_at(f"blocks.{i}", length)
+        return found + 2 * num_text_tokens * c.text_dim * c.hidden_size
 
     def null(self, condition: Condition, keys: Any = None) -> Condition:
         """As every backbone; a text's null is the encoded empty prompt, which the caller has, and r has none."""

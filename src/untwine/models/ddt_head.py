@@ -137,8 +137,23 @@ class DDTHead(LightningBackbone, Decoupled):
         c = self.config
         return Packing({"image": (c.in_channels, size, size), "token": (c.class_token_dim,)})
 
+    def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a sample (without the batch) whose image has ``shape`` (C, H, H)."""
+        return (1, self.packing(shape[-1]).length) if self.config.class_token_dim else shape
+
     def pack(self, image: Tensor, token: Tensor) -> Tensor:
-        """An image (B, C, H, H) and a class token (B, z) as one sample."""
+        """An image (B, C, H, H) and a class token (B, z) as one sample.
+
+        Raises:
+            ValueError: for a token of another width, or an image that is not square.
+        """
+        if token.shape[-1] != self.config.class_token_dim:
+            raise ValueError(
+                f"class_token_dim is {self.config.class_token_dim}, but the class tokens have {token.shape[-1]} "
+                "numbers; set model.class_token_dim to that"
+            )
+        if image.shape[-1] != image.shape[-2]:
+            raise ValueError(f"image must be square to be packed with a class token, got {tuple(image.shape)}")
         return self.packing(image.shape[-1]).pack({"image": image, "token": token})
 
     def unpack(self, x: Tensor) -> dict[str, Tensor]:
@@ -253,17 +268,15 @@ class DDTHead(LightningBackbone, Decoupled):
         projector = 0 if equal else 2 * c.hidden_size * c.decoder_hidden_size
         return (num_tokens - self.num_condition_tokens) * projector
 
-    def flops(self, sample_shape: tuple[int, ...]) -> int:
-        """As every backbone, with the class token, the second prediction and the second time."""
+    def flops(self, sample_shape: tuple[int, ...], num_text_tokens: int = 0) -> int:
+        """As the others of its family, with the class token and the second prediction; of an image or packed sample."""
         c, width = self.config, self.config.hidden_size
-        if c.class_token_dim:
+        if c.class_token_dim and len(sample_shape) == 2:
             sample_shape = (c.in_channels, (sample_shape[-1] - c.class_token_dim) // c.in_channels, 1)
-        found = super().flops(sample_shape)
+        found = super().flops(sample_shape, num_text_tokens)
         n = sample_shape[1] * sample_shape[2] // c.patch_size**2
-        time = 2 * width * (self.time_embedder.frequency_dim + width)
-        found += time * bool(c.second_time)
         if self.base_layer is not None:
-            found += self.base_layer.flops(n, n) + time
+            found += self.base_layer.flops(n, n) + 2 * width * (self.time_embedder.frequency_dim + width)
         if c.class_token_dim:  # it has its own projections in place of those of a patch
             found += 2 * c.class_token_dim * (width + 2 * c.decoder_hidden_size)
             found -= 2 * c.decoder_hidden_size * self.final_layer.out_features

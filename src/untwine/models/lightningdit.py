@@ -214,7 +214,8 @@ class LightningDiT(LightningBackbone, SingleStream):
         tokens = self._with_positions(x, self.embedder(x))
         if self.condition_embedder is None:
             return tokens, contexts
-        joined = {id(c): self._with_condition(tokens, t, time, condition, c) for c in contexts}
+        distinct = {id(c): c for c in contexts}  # one for all blocks, but where each has its own mask
+        joined = {k: self._with_condition(tokens, t, time, condition, c) for k, c in distinct.items()}
         return joined[id(contexts[0])][0], [joined[id(c)][1] for c in contexts]
 
     def _num_tokens(self, part: str, num_tokens: int) -> int:

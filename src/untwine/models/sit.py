@@ -1,12 +1,13 @@
 """SiT (arXiv 2401.08740): DiT's network as a velocity predictor in continuous time.
 
-Differs from the references: data is at t = 0 (github.com/willisma/SiT has it at t = 1; github.com/sihyun-yu/REPA, whose
-SiT loads as well, at t = 0). The channels that SiT predicts for a variance and throws away are not computed. REPA's
-projectors belong to the alignment term, not to the network.
+Differs from the references: data is at t = 0 (github.com/willisma/SiT has it at t = 1; github.com/sihyun-yu/REPA and
+github.com/vvvvvjdy/SRA, whose SiT load as well, at t = 0). The channels that SiT predicts for a variance and throws
+away are not computed. The projectors of REPA and SRA belong to their terms, not to the network.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,8 @@ from untwine.models.dit import DIT_DIALECT, STYLE, VIT_ARGUMENTS, DiT, vit_weigh
 from untwine.models.layers.block import Block
 from untwine.models.layers.embeddings import TimestepEmbedding
 from untwine.models.layers.official import Dialect, Weights, reversed_time
+
+logger = logging.getLogger(__name__)
 
 
 def _reversed(ours: dict[str, Any], weights: Any) -> dict[str, Any]:
@@ -45,6 +48,25 @@ REPA_DIALECT = Dialect(
 )  # fmt: skip
 
 
+def _from_sra(weights: Weights, config: Any) -> Weights:
+    """Without the projector, which served training alone."""
+    head = [name for name in weights if name.startswith("ap_head.")]
+    if head:
+        logger.info("left out, since they served training alone: %s", ", ".join(head))
+    return vit_weights({name: weight for name, weight in weights.items() if name not in head}, config)
+
+
+SRA_DIALECT = replace(
+    REPA_DIALECT,
+    system="sra",
+    marks=(*DIT_DIALECT.marks, "ap_head."),
+    absent=(*REPA_DIALECT.absent, "projectors."),
+    ignored=(*REPA_DIALECT.ignored, "use_alignment_head", "attention_separation"),
+    dropped=(),
+    convert=_from_sra,
+)
+
+
 class SiT(DiT):
     """Class-conditional velocity predictor; arguments as :class:`~untwine.models.dit.DiT`, and:
 
@@ -64,6 +86,7 @@ class SiT(DiT):
             convert=_from_sit,
         ),
         REPA_DIALECT,
+        SRA_DIALECT,
     )
 
     @register_to_config

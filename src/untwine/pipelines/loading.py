@@ -179,8 +179,8 @@ def _from_run(folder: Path, weights: str, located: dict[str, Any]) -> ImagePipel
     recipe = Recipe.from_dict(checkpoint.read_config(path))
     if recipe.model.kind in AUTOENCODERS:
         raise ValueError(
-            f"{folder} trained an autoencoder, which draws nothing by itself: "
-            "untwine.training.objectives.reconstruction.export makes it the codec of another recipe"
+            f"{folder} trained an autoencoder, which draws nothing by itself; make it the codec of another recipe: "
+            f"untwine convert {folder} --out FOLDER"
         )
     state = checkpoint.read_state(path)
     model: Any = recipe.model.build()

@@ -115,8 +115,8 @@ def plan(
         )
     micro_batch = train.batch_size // (count * train.accumulation)
     sizes = _Sizes(recipe, latent_shape, micro_batch)
-    strategy, shards = _spread(recipe, sizes.model, count)
-    work = flops(sizes.model, latent_shape)
+    _, shards = _spread(recipe, sizes.model, count)
+    work = flops(sizes.model, latent_shape, _text_length(recipe))
     if work is None:
         raise ValueError(f"model: {recipe.model.kind} does not say what a forward pass costs (a method `flops`)")
     # Checkpointing runs every forward pass a second time.
@@ -135,17 +135,22 @@ def plan(
         step_seconds=passes * work * train.batch_size / (peak * efficiency * count),
         num_steps=train.num_steps,
         memory_gib=DEVICES[device].memory_gib if device in DEVICES else None,
-        communication=None
-        if count == 1
-        else communication(
-            strategy,
-            sizes.trained,
-            count=count,
-            shards=shards,
-            accumulation=train.accumulation,
-            bytes_per_weight=2 if train.parallel.param_dtype == "bfloat16" else 4,
-            links=links or LINKS.get(device),
-        ),
+        communication=_communication(recipe, sizes, count, links or LINKS.get(device)),
+    )
+
+
+def _communication(recipe: Recipe, sizes: _Sizes, count: int, links: Links | None) -> Communication | None:
+    if count == 1:
+        return None
+    strategy, shards = _spread(recipe, sizes.model, count)
+    return communication(
+        strategy,
+        sizes.trained,
+        count=count,
+        shards=shards,
+        accumulation=recipe.train.accumulation,
+        bytes_per_weight=2 if recipe.train.parallel.param_dtype == "bfloat16" else 4,
+        links=links,
     )
 
 
@@ -204,10 +209,16 @@ def _activations(networks: Networks, latent_shape: tuple[int, ...], batch: int) 
         return tensor
 
     held: list[Tensor] = []
-    x, t = torch.zeros(batch, *latent_shape), torch.zeros(batch)
+    shape = model.packed_shape(latent_shape) if hasattr(model, "packed_shape") else latent_shape
+    x, t = torch.zeros(batch, *shape), torch.zeros(batch)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), networks.forward_precision():
         model(x, t, _condition(networks.recipe, model.accepts, batch))
     return sum(kept.values())
+
+
+def _text_length(recipe: Recipe) -> int:
+    """Tokens of the texts that the model is given."""
+    return 0 if recipe.condition is None else recipe.condition.build().max_tokens
 
 
 def _condition(recipe: Recipe, accepts: Collection[str], batch: int) -> Condition:
@@ -218,7 +229,7 @@ def _condition(recipe: Recipe, accepts: Collection[str], batch: int) -> Conditio
         return Condition(labels, vectors)
     if recipe.condition is None:
         raise ValueError("recipe.model takes text (text_dim), and the recipe has no condition: {kind: text}")
-    shape = batch, recipe.condition.to_dict()["max_tokens"]
+    shape = batch, _text_length(recipe)
     values = torch.zeros(*shape, recipe.model.options["text_dim"])
     return Condition(labels, vectors, {"text": Tokens(values, torch.ones(shape, dtype=torch.bool))})
 

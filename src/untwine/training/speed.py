@@ -18,10 +18,16 @@ TRAINING = 3
 """passes that a training step costs, in forward passes: one forward, one for each operand's gradient"""
 
 
-def flops(model: nn.Module, sample_shape: tuple[int, ...]) -> int | None:
-    """Operations of one forward pass over one sample (C, *grid), by the model's own ``flops``; None without one."""
-    declared: Callable[[tuple[int, ...]], int] | None = getattr(model, "flops", None)
-    return None if declared is None else declared(sample_shape)
+def flops(model: nn.Module, sample_shape: tuple[int, ...], num_text_tokens: int = 0) -> int | None:
+    """Operations of one forward pass over one sample (C, *grid), by the model's own ``flops``; None without one.
+
+    Args:
+        num_text_tokens: length of the texts of a model of text.
+    """
+    declared: Callable[..., int] | None = getattr(model, "flops", None)
+    if declared is None:
+        return None
+    return declared(sample_shape, num_text_tokens) if num_text_tokens else declared(sample_shape)
 
 
 @torch.no_grad()

@@ -185,7 +185,8 @@ class Trainer:
         self.watch.open_loggers(self.step)
         self.meter = LossMeter(processes)
         dtype = getattr(torch, train.parallel.param_dtype)
-        self.speed = Speed(processes, train.batch_size, flops(self.networks.model, self.latent_shape), dtype)
+        work = flops(self.networks.model, self.latent_shape, 0 if self.text is None else self.text.max_tokens)
+        self.speed = Speed(processes, train.batch_size, work, dtype)
 
     def _drawing(self, option: str) -> Drawing:
         path, seed = getattr(self.objective, "path", None), self.recipe.seed

@@ -66,7 +66,7 @@ class Cache(Attachment):
         self._totals: Counter[str] = Counter()
         self._sites: dict[str, Counter[str]] = {}
         self._has_flops = False
-        self._flops: dict[int, dict[str, int]] = {}
+        self._flops: dict[tuple[str, int], int] = {}
         self._forget()
 
     def claim(self, model: Any) -> Iterable[str]:
@@ -81,7 +81,7 @@ class Cache(Attachment):
             if not cached:
                 raise ValueError(f"sites {self.config.sites} all lie in the indicator {self._indicator}")
         self._left_out = frozenset(left_out)
-        self._has_flops = hasattr(model, "site_flops")
+        self._has_flops = hasattr(model, "flops_at")
         self._flops.clear()
         return (*cached, *left_out, *([self._indicator] if self._indicator else []))
 
@@ -177,10 +177,10 @@ class Cache(Attachment):
         if num_due:
             self._steps[now.step] = True
         elif self._has_flops:
-            num_tokens = x.shape[1]
-            if num_tokens not in self._flops:
-                self._flops[num_tokens] = self.model.site_flops(num_tokens)
-            self._totals["flops_saved"] += len(x) * self._flops[num_tokens][site]
+            at = site, x.shape[1]
+            if at not in self._flops:
+                self._flops[at] = self.model.flops_at(*at)
+            self._totals["flops_saved"] += len(x) * self._flops[at]
 
     def _of_generation(self) -> dict[str, Any]:
         computed = sum(self._steps.values())
@@ -191,7 +191,7 @@ class Cache(Attachment):
         """Counts since this was made, over all generations.
 
         ``steps_*``: solver steps in which something was computed, or nothing. ``units_*``: site outputs of one branch.
-        ``cache_bytes_peak``. ``flops_saved``: of the calls that did not happen, by the backbone's ``site_flops``; None
+        ``cache_bytes_peak``. ``flops_saved``: of the calls that did not happen, by the backbone's ``flops_at``; None
         where it has none. ``seconds``: from the first network call of each generation to its end. ``sites``: the units
         by site.
         """

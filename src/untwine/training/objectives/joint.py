@@ -8,20 +8,30 @@ arXiv 2606.24888) extrapolates from a prediction of fewer blocks, which needs a 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from untwine.codecs.rae_features import POOLED, FeatureMaps
 from untwine.contracts import Output
 from untwine.training.objectives.base import PathDraw, Term, parts_of, squared_error
 
 
 class ClassToken(Term):
-    """Mean squared error of the class token's prediction, at the time of the image."""
+    """Mean squared error of the class token's prediction, at the time of the image.
 
-    def __init__(self, *, scale: float = 0.03) -> None:
+    Args:
+        features: names the frozen encoder whose one vector a picture is the token, whatever its sites; None where the
+            batches bring a token of their own.
+    """
+
+    def __init__(self, *, features: FeatureMaps | None = None, scale: float = 0.03) -> None:
         super().__init__()
-        self.scale = scale
+        self.features, self.scale = features, scale
+
+    def encoders(self) -> tuple[FeatureMaps, ...]:
+        return () if self.features is None else (replace(self.features, sites=(POOLED,)),)
 
     def forward(self, draw: PathDraw, output: Output, networks: Mapping[str, Any]) -> dict[str, Tensor]:
         if "token" not in parts_of(networks["model"], draw.x_t):

@@ -10,7 +10,8 @@ evaluation the loss is the plain flow's of instantaneous velocities, so that it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -108,17 +109,34 @@ class MeanFlow(FlowMatching):
 
     def _along(self, model: Any, condition: Condition, draw: PathDraw, r: Tensor) -> Output:
         """The output with ``u + (t - r) du/dt`` as its sample, du/dt detached: what the target is compared with."""
+        predict = model.forward
 
         def mean_velocity(x: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Any]:
-            output = model(x, t, ending(condition, r), features=self.sites)
+            output = predict(x, t, ending(condition, r), features=self.sites)
             return output.sample.float(), (output.features, output.extra, output.losses)
 
+        def derive(x: Tensor, t: Tensor, r: Tensor) -> Any:
+            return torch.func.jvp(mean_velocity, (x, t, r), tangents, has_aux=True)
+
         tangents = (draw.target, torch.ones_like(draw.t), torch.zeros_like(r))
-        # Fused attention has no forward-mode derivative.
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            u, change, rest = torch.func.jvp(mean_velocity, (draw.x_t, draw.t, r), tangents, has_aux=True)  # type: ignore
+        # Fused attention has no forward-mode derivative, and neither have the hooks of replicas, which stay outside.
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), _running(model, derive):
+            u, change, rest = model(draw.x_t, draw.t, r)
         duration = (draw.t - r).view(-1, *[1] * (u.ndim - 1))
         return Output(u + duration * change.detach(), *rest)
+
+
+@contextmanager
+def _running(model: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, a call of ``model`` runs ``forward`` between its hooks."""
+    before = vars(model).get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
 
 
 def _check(model: Any) -> None:
