@@ -244,7 +244,9 @@ def main() -> None:
             "SIGKILL to one of two ranks": lambda: killed_rank(work),
         }
         for number, (name, damage) in enumerate(ROWS.items()):
-            cases[name] = lambda damage=damage, number=number: damage(work / f"files-{number}")
+            folder = work / f"files-{number}"
+            folder.mkdir()
+            cases[name] = lambda damage=damage, folder=folder: damage(folder)
         rows = kills()
         for name, run in cases.items():
             started = time.perf_counter()
