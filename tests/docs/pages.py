@@ -15,6 +15,7 @@ from __future__ import annotations
 import doctest
 import io
 import logging
+import os
 import re
 import shlex
 import subprocess
@@ -91,7 +92,9 @@ def execute(command: str) -> tuple[int, str]:
     """(exit status, standard output and standard error together); ``untwine ... > FILE`` works as in a shell."""
     words = shlex.split(command, comments=True)
     if words[0] != "untwine":
-        done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+        installed = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": installed}
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, env=environment)
         return done.returncode, done.stdout + done.stderr
     target = Path(words.pop(-1)) if words[-2:-1] == [">"] and words.pop(-2) else None
     both, out = io.StringIO(), io.StringIO()
