@@ -25,6 +25,7 @@ import torch
 from common import ROOT, save
 
 sys.path.insert(0, str(ROOT))
+from tests.distributed import spawn
 from tests.distributed.spawn import run_ranks
 from tests.tiny import tiny
 from torch.distributed.tensor import DTensor
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    spawn.TIMEOUT_SECONDS = 600
     _register()
     with tempfile.TemporaryDirectory(prefix="untwine-") as folder:
         rows = compare(Path(folder), options.steps)
