@@ -26,7 +26,6 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     rank's traceback; the processes are then replaced, since the others may wait for it.
     """
     if world_size not in _pools:
-        close()
         _pools[world_size] = Pool(world_size)
     try:
         return _pools[world_size].run(fn, args)

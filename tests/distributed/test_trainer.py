@@ -110,6 +110,16 @@ def test_two_processes_equal_one(alone, tmp_path, strategy):
 
 
 @pytest.mark.xdist_group("distributed")
+def test_replicas_of_shards_equal_one(alone, tmp_path):
+    plan = {"strategy": "hsdp", "shard_size": 2}
+    ranks = run_ranks(train, 4, _changes(**{"train.parallel": plan}), str(tmp_path))
+    for prefix in ("model.", "objective.", "ema.0."):
+        assert _distance(alone[0], ranks[0], prefix) <= 1e-5, prefix
+    pieces = torch.stack([rank["seen"].view(STEPS * 2, -1) for rank in ranks], 1)
+    assert torch.equal(pieces.flatten(), alone[0]["seen"])
+
+
+@pytest.mark.xdist_group("distributed")
 def test_resume_on_another_number_of_processes(alone, tmp_path):
     """Seven steps on one process, the next seven on two sharded ones, the rest on one."""
     single, _ = alone
