@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format proofs faults docs clean
+.PHONY: demo test check format proofs faults studio docs clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ proofs: $(VENV)/.installed
 faults: $(VENV)/.installed
 	$(BIN)/python benchmarks/kill_resume.py
 	$(BIN)/python benchmarks/faults.py
+
+# The studio: a page in the browser.
+studio: $(VENV)/.installed
+	$(BIN)/untwine app
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

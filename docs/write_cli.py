@@ -26,6 +26,7 @@ COMMANDS = (
     ("data emoji", "### data emoji"),
     ("convert", "## convert"),
     ("evaluate", "## evaluate"),
+    ("app", "## app"),
     ("accelerate", "## accelerate"),
     ("bench", "## bench"),
     ("bench quality", "### bench quality"),

@@ -49,7 +49,10 @@ def test_there_are_the_promised_tutorials():
 
 
 def test_pictures_say_what_makes_them():
-    """Every picture of samples is compared with what its page draws, save those of the README and of benchmarks."""
+    """Every picture of samples is compared with what its page draws, save those of the README and of benchmarks.
+
+    The pages of the studio are pictures that a browser draws.
+    """
     compared = {shown.name for page in PAGES for _, shown in pictures(page)}
     readme = {Path(path).name for path in re.findall(r"docs/images/\S+?\.png", (DOCS.parent / "README.md").read_text())}
     benchmarks = "".join(file.read_text() for file in (DOCS.parent / "benchmarks").glob("*.py"))

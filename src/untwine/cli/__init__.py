@@ -17,6 +17,7 @@ VERBS = {
     "evaluate": "compare samples, or those of a checkpoint, with real pictures: FD, KID, precision, copies",
     "bench": "measure quality against steps or guidance, and draw losses and results",
     "plan": "say what a recipe needs in memory, arithmetic and time on given devices",
+    "app": "open the studio: a page in the browser to draw, watch, compare and measure",
     "info": "what there is: models, recipes, solvers, checkpoints; or one of them in detail",
 }
 _USAGE = """usage: untwine VERB ...

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from untwine.acceleration.sharing.plan import SharingPlan
 from untwine.config import to_dict
-from untwine.contracts import check_labels
+from untwine.contracts import StepInfo, check_labels
 from untwine.diffusion.draws import Draws
 from untwine.diffusion.sampling import Sampling
 from untwine.pipelines.image import ImagePipeline, provenance
@@ -112,10 +113,10 @@ class Series:
         first = batch * self.batch_size
         return range(first, min(first + self.batch_size, self.count))
 
-    def draw(self, batch: int) -> Drawn:
-        """The images of one batch."""
+    def draw(self, batch: int, *, on_step: Callable[[StepInfo, Tensor], bool | None] | None = None) -> Drawn:
+        """The images of one batch; ``on_step`` hears each solver step, and ends it by an exception."""
         held = self.images_of(batch)
-        request: dict[str, Any] = {"seed": self.seed, "sampling": self.settings, "size": self.size}
+        request: dict[str, Any] = {"seed": self.seed, "sampling": self.settings, "size": self.size, "on_step": on_step}
         request |= {"negative_prompt": self.negative_prompt} if self.takes_text else {}
         wanted = None if self.wanted is None else self.wanted[held.start : held.stop].tolist()
         request |= {"num_images": len(held)} if wanted is None else {}

@@ -161,7 +161,7 @@ class _Background:
     def __init__(self) -> None:
         self.threads = ThreadPoolExecutor(1, "saving")
         timeout = timedelta(seconds=TIMEOUT_SECONDS)
-        self.group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
+        self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         on_cuda = torch.cuda.is_available()
         options = StagingOptions(
             use_pinned_memory=on_cuda,
