@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoints.py --checkpoint ddt-digits --reference digits
     python benchmarks/checkpoints.py --checkpoint ddt-fashion --reference fashion
-    python benchmarks/checkpoints.py --checkpoint ddt-emoji --reference emoji --num-samples 144
+    python benchmarks/checkpoints.py --checkpoint ddt-emoji --reference emoji
 
 Each run adds its checkpoint to ``benchmarks/results/checkpoints.json`` and leaves ``grid.png`` and ``nearest.png`` (the
 samples most like a real picture, above that picture) in ``out/checkpoints``. The samples are those of the checkpoint's
