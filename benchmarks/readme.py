@@ -242,28 +242,48 @@ _WAYS = {
     "forecast 1, uniform": "forecast, order 1",
     "forecast 2, uniform": "forecast, order 2",
     "forecast 2, similarity": "forecast, order 2, dynamic programme",
+    "forecast 2, velocity": "forecast, order 2, steps by the velocity's error",
     "fewer steps": "fewer Euler steps at equal FLOPs",
+    "fewer steps, adams_bashforth": "fewer Adams-Bashforth steps at equal FLOPs",
 }
 
 
 def sharing() -> list[str]:
-    result = _result("sharing-ddt-digits")
-    found = result["rows"]
+    return _shared("sharing-ddt-digits", "python benchmarks/sharing.py --reference digits")
+
+
+def sharing_fashion() -> list[str]:
+    return _shared(
+        "sharing-ddt-fashion", "python benchmarks/sharing.py --checkpoint ddt-fashion --reference fashion --without ..."
+    )
+
+
+def _shared(name: str, command: str) -> list[str]:
+    """A row for every budget: the distance of each way, with its Frechet distance where that was measured."""
+    result = _result(name)
+    found, exact, floor = result["rows"], result["exact"], result.get("floor")
     budgets = sorted({int(name.split(":")[0]) for name in found}, reverse=True)
     names = [way for way in _WAYS if f"{budgets[0]}: {way}" in found]
+    judged = (
+        f"; in brackets FD-EffLite0, of the exact ones {exact['fd']:.1f}, its floor {floor['fd']:.1f}" if floor else ""
+    )
     return [
         f"| `{result['settings']['checkpoint']}`, 50 steps: refreshes | " + " | ".join(_WAYS[w] for w in names) + " |",
         "|---" * (len(names) + 1) + "|",
         *(
             f"| {budget} ({1 - budget / 50:.0%} shared) | "
-            + " | ".join(f"{found[f'{budget}: {way}']['distance']:.1e}" for way in names)
+            + " | ".join(_moved(found[f"{budget}: {way}"]) for way in names)
             + " |"
             for budget in budgets
         ),
         "",
         f"Mean squared distance of the final latents to the exact ones, {result['settings']['images']} images x "
-        f"{result['settings']['seeds']} seeds. " + _source(result, "python benchmarks/sharing.py"),
+        f"{result['settings']['seeds']} seeds{judged}. " + _source(result, command),
     ]
+
+
+def _moved(row: dict[str, Any]) -> str:
+    return f"{row['distance']:.1e}" + (f" ({row['fd']:.1f})" if "fd" in row else "")
 
 
 def foreign() -> list[str]:
@@ -386,6 +406,7 @@ PARTS = {
     speed_sampling: "speed_sampling",
     sampling: "sampling_paths",
     sharing: "sharing-ddt-digits",
+    sharing_fashion: "sharing-ddt-fashion",
     foreign: "foreign_caching",
     economy: "plan_check",
     style: "style_transfer",

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.spawn import run_ranks
 from tests.tiny import tiny
-from untwine.training.communication import LINKS, communication
+from untwine.training.communication import LINKS, Links, communication
 from untwine.training.distributed import Distributed
 from untwine.training.planning import plan
 from untwine.training.trainer import Trainer
@@ -85,6 +85,12 @@ def test_volumes_and_times():
     assert both.scaling(both.seconds) == pytest.approx((0.5, 1.0))
     alone = communication("ddp", 10**6, count=8, shards=1, links=LINKS["h100"])
     assert alone.seconds == pytest.approx(2 * 7 / 8 * 4e6 / 450e9)
+
+
+@pytest.mark.parametrize("speeds", [(0, 50), (450, 0), (-1, 50), (float("nan"), 1)])
+def test_impossible_links(speeds):
+    with pytest.raises(ValueError, match="links must be two speeds > 0 in GB/s"):
+        Links(*speeds)
 
 
 def test_one_device_sends_nothing():

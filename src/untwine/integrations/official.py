@@ -186,7 +186,7 @@ def _unpickle(path: Path) -> Any:
 def _refusal(path: Path, message: str) -> str:
     found = re.search(r"GLOBAL (\S+)", message)
     if found is None:
-        return f"source: {path} is damaged or no checkpoint: {message.splitlines()[0]}"
+        return f"source: {path} is damaged or no checkpoint: it holds no pickle of tensors"
     return (
         f"source: {path} asks for {found[1]}, which unpickling would run; only plain weights are read. Where you trust "
         "the file, save its weights alone: torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')"

@@ -25,6 +25,10 @@ class Links:
     """to other machines, as its share of the machine's network"""
     per_machine: int = 8
 
+    def __post_init__(self) -> None:
+        if not (self.inside > 0 and self.between > 0 and self.per_machine >= 1):
+            raise ValueError(f"links must be two speeds > 0 in GB/s, and at least 1 device a machine, got {self}")
+
 
 LINKS = {
     "a100": Links(300, 25),
