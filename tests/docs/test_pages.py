@@ -107,6 +107,7 @@ def test_flags_that_are_named_exist():
         known |= {f"--{group}.{name}".replace("_", "-") for kind in registry for name in _schema(registry[kind])}
     known |= {flag.rpartition(".")[0] for flag in known}
     known |= set(re.findall(r"`(--[a-z][\w.-]*)", _columns_of_others()))
+    known |= {"--no-python", "--nproc-per-node", "--max-restarts", "--no_python", "--num_processes"}  # launchers'
     for page in PAGES:
         if page.name not in ("cli.md", "contributing.md"):
             named = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*[a-z]", page.read_text(encoding="utf-8")))

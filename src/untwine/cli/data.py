@@ -22,7 +22,10 @@ untwine data ACTION --help shows the options of an action.
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """Encodes the data of a recipe once. Train on it with the recipe that lies in the folder afterwards."""
+    """Encodes the data of a recipe once. Train on it with the recipe that lies in the folder afterwards.
+
+    Under torchrun the processes share the files of the cache.
+    """
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
     """name of a shipped recipe or a YAML file; its codec makes the latents"""
@@ -83,44 +86,70 @@ def _emoji(args: list[str]) -> int:
 def _encode(args: list[str]) -> int:
     options, rest = parse_known(EncodeOptions, "data encode", args, ALSO)
 
-    import torch
-
     from untwine.config import apply_flags, load_yaml
-    from untwine.data.encoding import Encoder
-    from untwine.training.locking import lock
+    from untwine.training.distributed import DAY, Distributed
     from untwine.training.recipe import Recipe, find_recipe
 
     data = load_yaml(find_recipe(options.recipe))
     recipe = Recipe.from_dict(apply_flags(Recipe, data, rest, prog=f"untwine data encode {options.recipe}"))
     log_to_console()
-    encoder = Encoder(
-        recipe.data.build(),
-        recipe.codec.build(),
-        options.out,
-        made_by=recipe.codec.to_dict(),
-        dtype=options.dtype,
-        batch_size=options.batch_size,
-        shard_size=options.shard_size,
-        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    )
-    _announce(encoder, options)
+    processes = Distributed.start(options.device, timeout_seconds=DAY)
+    try:
+        _encode_with(recipe, options, processes)
+    finally:
+        processes.close()
+    return 0
+
+
+def _encode_with(recipe: Any, options: EncodeOptions, processes: Any) -> None:
+    from untwine.data.encoding import Encoder
+    from untwine.training.distributed import together
+    from untwine.training.locking import lock
+
+    made: list[Encoder] = []
+
+    def make() -> None:
+        encoder = Encoder(
+            recipe.data.build(),
+            recipe.codec.build(),
+            options.out,
+            made_by=recipe.codec.to_dict(),
+            dtype=options.dtype,
+            batch_size=options.batch_size,
+            shard_size=options.shard_size,
+            device=processes.device,
+        )
+        if processes.is_main:
+            _announce(encoder, options)
+        made.append(encoder)
+
+    together(make)
     if options.dry_run:
-        return 0
-    options.out.mkdir(parents=True, exist_ok=True)
+        return
     with lock(options.out):
-        manifest = encoder.run(lambda done: _progress(done, len(encoder.dataset)))
-        _write_recipe(recipe, options.out)
+        manifest = made[0].run(
+            (lambda done: _progress(done, len(made[0].dataset))) if processes.is_main else None,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            together=together,
+        )
+        if processes.is_main:
+            _write_recipe(recipe, options.out)
+    if processes.is_main:
+        _tell(manifest, options.out)
+
+
+def _tell(manifest: dict[str, Any], out: Path) -> None:
     statistics = manifest["statistics"]
     show(
-        f"{options.out}: {sum(shard['count'] for shard in manifest['shards'])} samples",
+        f"{out}: {sum(shard['count'] for shard in manifest['shards'])} samples",
         {
             "left out": f"{len(manifest['skipped'])} corrupt",
             "mean": f"{_numbers(statistics['mean'])} by channel",
             "deviation": f"{_numbers(statistics['std'])} by channel, {statistics['overall_std']:.3f} overall",
         },
     )
-    print(f"train on it: untwine train {options.out / 'recipe.yaml'}")
-    return 0
+    print(f"train on it: untwine train {out / 'recipe.yaml'}")
 
 
 def _announce(encoder: Any, options: EncodeOptions) -> None:

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from untwine.codecs.base import Codec, warn_unless_unit
 from untwine.data.base import CorruptImage, Dataset
+from untwine.data.buckets import Buckets
 from untwine.data.latents import (
     FORMAT,
     MANIFEST,
@@ -32,6 +34,7 @@ from untwine.data.latents import (
 )
 
 logger = logging.getLogger(__name__)
+Together = Callable[[Callable[[], Any]], list[Any]]
 _FACTS = ("codec", "dtype", "sample_shape", "crop", "flips", "class_names", "shard_size", "source")
 
 
@@ -58,7 +61,8 @@ class Encoder:
         shard_size: samples in a file.
 
     Raises:
-        ValueError: for random crops (a cache holds one crop), or a folder that holds another cache.
+        ValueError: for random crops and buckets (a cache holds one crop of one shape), or a folder that holds another
+            cache.
     """
 
     def __init__(
@@ -79,6 +83,8 @@ class Encoder:
             raise ValueError(
                 f"data.crop is {dataset.crop!r}, and a cache holds one crop of each sample: set data.crop to center"
             )
+        if isinstance(dataset, Buckets):
+            raise ValueError("data of kind buckets has several shapes, and a cache holds one: train from the pictures")
         self.dataset, self.codec, self.out, self.device = dataset, codec, Path(out), torch.device(device)
         self.batch_size, self.shard_size, self.dtype = batch_size, shard_size, getattr(torch, dtype)
         self.flips = dataset.flip
@@ -110,25 +116,50 @@ class Encoder:
         row = math.prod(moments.shape[1:]) * self.dtype.itemsize
         return Estimate(len(self.dataset), row * len(self.dataset), rate * len(self.dataset))
 
-    def run(self, on_samples: Callable[[int], None] | None = None) -> dict[str, Any]:
-        """Encodes what is missing; the manifest of the complete cache. ``on_samples`` hears how many are done."""
-        starts = range(0, len(self.dataset), self.shard_size)
-        free, needed = self._space()
-        if needed > free:
-            raise LatentsError(f"{self.out}: {needed} bytes are needed for the cache, {free} are free")
-        for number, start in enumerate(starts):
-            stop = min(start + self.shard_size, len(self.dataset))
-            if number >= len(self.manifest["shards"]) or self.manifest["shards"][number] is None:
-                shard = self._make_shard(f"latents-{number:05d}-of-{len(starts):05d}.safetensors", range(start, stop))
-                self.manifest["shards"][number : number + 1] = [shard]
-                self._write_manifest()
+    def run(
+        self,
+        on_samples: Callable[[int], None] | None = None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        together: Together = lambda fn: [fn()],
+    ) -> dict[str, Any]:
+        """Encodes what is missing; the manifest of the complete cache.
+
+        Processes share the work shard by shard, in rounds, and leave the files that one process would: a shard is
+        encoded in the same batches whoever makes it. Rank 0 writes the manifest after each round, so that a broken-off
+        run has lost no more than one.
+
+        Args:
+            on_samples: hears how many are done.
+            together: runs a function on every process and returns all results by rank, or raises on every process
+                what one of them has raised.
+        """
+        self._on_main(rank, together, self._check_space)
+        shards = self.manifest["shards"]
+        shards += [None] * (-(-len(self.dataset) // self.shard_size) - len(shards))
+        missing = [number for number, shard in enumerate(shards) if shard is None]
+        for first in range(0, len(missing), world_size):
+            numbers = missing[first : first + world_size]
+            made = together(partial(self._make, numbers[rank] if rank < len(numbers) else None))
+            for number, (shard, skipped) in zip(numbers, made):
+                shards[number] = shard
+                self.manifest["skipped"] |= skipped
+            self._check_skipped()
+            self._on_main(rank, together, self._write_manifest)
             if on_samples is not None:
-                on_samples(stop)
+                on_samples(self._positions(numbers[-1]).stop)
         if "statistics" not in self.manifest:
-            self.manifest["statistics"] = _statistics(self.manifest["shards"])
-            self._write_manifest()
-            warn_unless_unit(self.manifest["statistics"]["overall_std"], f"the latents in {self.out}")
+            self.manifest["statistics"] = _statistics(shards)
+            self._on_main(rank, together, self._finish)
         return self.manifest
+
+    def _on_main(self, rank: int, together: Together, fn: Callable[[], Any]) -> None:
+        together(fn if rank == 0 else lambda: None)
+
+    def _finish(self) -> None:
+        self._write_manifest()
+        warn_unless_unit(self.manifest["statistics"]["overall_std"], f"the latents in {self.out}")
 
     def _continue(self) -> None:
         """Takes over the shards of an earlier run with the same settings; None stands for one to be made anew."""
@@ -143,6 +174,8 @@ class Encoder:
             raise ValueError(f"out: {self.out} holds a cache of other data or settings: {'; '.join(changed)}{names}")
         self.manifest = old
         for number, shard in enumerate(old["shards"]):
+            if shard is None:
+                continue
             try:
                 check_shard(self.out, shard)
             except LatentsError as error:
@@ -152,18 +185,33 @@ class Encoder:
 
     def _renamed(self, shards: list[dict[str, Any]]) -> str:
         """The names that only the cache, or only the data, has; names are compared, never positions."""
-        stored = {name for shard in shards for name in read_told(self.out, shard).get("names", [])}
+        stored = {name for shard in shards if shard for name in read_told(self.out, shard).get("names", [])}
         now = set(self.dataset.names or ())
         gone, new = sorted(stored - now)[:5], sorted(now - stored)[:5]
         return f" (gone: {', '.join(gone) or 'none'}; new: {', '.join(new) or 'none'})" if stored and now else ""
 
-    def _space(self) -> tuple[int, int]:
-        """(free bytes, bytes that the missing shards take), by the shape of the latents."""
+    def _check_space(self) -> None:
+        """Refuses a disk with less space than the missing shards take, by the shape of the latents."""
         self.out.mkdir(parents=True, exist_ok=True)
         variants = (1 + self.manifest.get("stochastic", True)) * (1 + self.flips)
         row = variants * math.prod(self.manifest["latent_shape"]) * self.dtype.itemsize
         done = sum(shard["count"] for shard in self.manifest["shards"] if shard)
-        return shutil.disk_usage(self.out).free, row * (len(self.dataset) - done)
+        free, needed = shutil.disk_usage(self.out).free, row * (len(self.dataset) - done)
+        if needed > free:
+            raise LatentsError(f"{self.out}: {needed} bytes are needed for the cache, {free} are free")
+
+    def _positions(self, number: int) -> range:
+        """Of the samples in shard ``number``."""
+        start = number * self.shard_size
+        return range(start, min(start + self.shard_size, len(self.dataset)))
+
+    def _make(self, number: int | None) -> tuple[dict[str, Any], dict[str, str]]:
+        """What the manifest says of a shard, and of the samples left out of it; None makes none."""
+        if number is None:
+            return {}, {}
+        positions, count = self._positions(number), len(self.manifest["shards"])
+        shard = self._make_shard(f"latents-{number:05d}-of-{count:05d}.safetensors", positions)
+        return shard, {k: why for k, why in self.manifest["skipped"].items() if int(k) in positions}
 
     def _make_shard(self, name: str, positions: range) -> dict[str, Any]:
         parts = [self._encode(positions[i : i + self.batch_size]) for i in range(0, len(positions), self.batch_size)]
@@ -209,6 +257,11 @@ class Encoder:
         if str(position) not in skipped:
             logger.warning("corrupt sample left out: %s", reason)
         skipped[str(position)] = reason
+        self._check_skipped()
+
+    def _check_skipped(self) -> None:
+        """Stops above the fraction of corrupt samples that the data set allows, wherever they were found."""
+        skipped = self.manifest["skipped"] = dict(sorted(self.manifest["skipped"].items(), key=lambda kv: int(kv[0])))
         if len(skipped) > self.dataset.max_corrupt * len(self.dataset):
             listed = "\n  ".join(list(skipped.values())[:20])
             raise CorruptImage(

@@ -49,7 +49,8 @@ class Latents(Dataset):
         shards = self.manifest["shards"]
         if "statistics" not in self.manifest:
             raise LatentsError(
-                f"{self.root} is incomplete ({len(shards)} shards so far); run the same untwine data encode again"
+                f"{self.root} is incomplete ({sum(map(bool, shards))} shards so far); run the same untwine data encode "
+                "again"
             )
         for shard in shards:
             check_shard(self.root, shard)

@@ -3,7 +3,8 @@
 Counter c stands for the c-th sample that training ever sees. It fixes everything about it: epoch ``c // n``, position
 ``permutation(epoch)[c % n]``, augmentation and noise. Update u with global batch G consumes counters [uG, (u+1)G), cut
 first into micro-batches, then by rank, in contiguous pieces. So neither world size, accumulation nor worker processes
-change what an update sees, and resuming needs only the number of the update.
+change what an update sees, and resuming needs only the number of the update. Of data in buckets, all samples of an
+update are of one bucket.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from untwine.codecs.base import Codec
 from untwine.conditions.text import Text
 from untwine.contracts import Batch, Condition, check_labels
 from untwine.data.base import CorruptImage, Dataset
+from untwine.data.buckets import Bucketed
 from untwine.data.features import FrozenFeatures
 from untwine.diffusion.draws import Draws
 
@@ -38,17 +40,38 @@ _reader: _Reader
 
 
 class Order:
-    """Positions in a data set of ``size`` samples by sample counter; each epoch is a permutation."""
+    """Positions in a data set of ``size`` samples by sample counter; each epoch is a permutation.
 
-    def __init__(self, draws: Draws, size: int) -> None:
-        self.draws, self.size = draws, size
+    With ``buckets`` (size,), every ``batch_size`` counters are of one bucket: an epoch is the full batches of all
+    buckets in random turn, without the rest of each, which is another one in every epoch.
+    """
+
+    def __init__(self, draws: Draws, size: int, buckets: np.ndarray | None = None, batch_size: int = 1) -> None:
+        self.draws, self.num_samples, self.buckets, self.batch_size = draws, size, buckets, batch_size
+        self.size = size if buckets is None else int((np.bincount(buckets) // batch_size).sum()) * batch_size
         self._epoch, self._permutation = -1, np.empty(0, np.int64)
 
     def __call__(self, counter: int) -> int:
         epoch, place = divmod(counter, self.size)
         if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, self.draws.permutation("order", self.size, epoch)
+            self._epoch, self._permutation = epoch, self._arranged(epoch)
         return int(self._permutation[place])
+
+    def instead(self, position: int) -> Iterator[int]:
+        """``position``, and then those that may stand in for it."""
+        for step in range(self.num_samples):
+            other = (position + step) % self.num_samples
+            if self.buckets is None or self.buckets[other] == self.buckets[position]:
+                yield other
+
+    def _arranged(self, epoch: int) -> np.ndarray:
+        order = self.draws.permutation("order", self.num_samples, epoch)
+        if self.buckets is None:
+            return order
+        parts = [order[self.buckets[order] == bucket] for bucket in np.unique(self.buckets)]
+        full = [part[: len(part) // self.batch_size * self.batch_size] for part in parts]
+        batches = np.concatenate(full).reshape(-1, self.batch_size)
+        return batches[self.draws.permutation("buckets", len(batches), epoch)].ravel()
 
 
 class Loader:
@@ -94,6 +117,7 @@ class Loader:
         _check_division(batch_size, accumulation, world_size, rank)
         if dataset.labels is not None:
             check_labels(torch.from_numpy(dataset.labels), dataset.num_classes)
+        self.order = _order(dataset, Draws(seed), batch_size)
         self.dataset, self.codec, self.text, self.features = dataset, codec, text, features
         self.draws = Draws(seed)
         self.batch_size, self.accumulation, self.rank, self.world_size = batch_size, accumulation, rank, world_size
@@ -104,8 +128,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         micro: list[Batch] = []
-        for read in self._samples(_Reader(self.dataset, self.draws)):
-            self._note(read.corrupt)
+        for read in self._samples(_Reader(self.dataset, self.draws, self.order)):
+            self._note(read)
             micro.append(self._batch(read))
             if len(micro) == self.accumulation:
                 yield micro
@@ -151,8 +175,8 @@ class Loader:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _note(self, bad: dict[int, str]) -> None:
-        for position, reason in bad.items():
+    def _note(self, read: _Read) -> None:
+        for position, reason in read.corrupt.items():
             if position not in self.corrupt:
                 logger.warning("corrupt sample replaced by the next one: %s", reason)
                 self.corrupt[position] = reason
@@ -162,6 +186,8 @@ class Loader:
                 f"{len(self.corrupt)} of {len(self.dataset)} samples are corrupt, more than max_corrupt = "
                 f"{self.dataset.max_corrupt} allows; repair or remove them:\n  {listed}"
             )
+        if not read.positions:
+            raise CorruptImage(f"no sample of a bucket can be read: {next(reversed(read.corrupt.values()))}")
 
     def _batch(self, read: _Read) -> Batch:
         index = torch.tensor(read.counters)
@@ -210,6 +236,7 @@ class _Read:
     """(B, C, H, W)"""
     counters: list[int]
     positions: list[int]
+    """empty where one could not be read or replaced"""
     corrupt: dict[int, str]
     """position -> what is wrong there"""
 
@@ -217,26 +244,47 @@ class _Read:
 class _Reader:
     """Reads the samples of a list of counters; a corrupt one is replaced by the next that can be read."""
 
-    def __init__(self, dataset: Dataset, draws: Draws) -> None:
-        self.dataset, self.draws = dataset, draws
-        self.order = Order(draws, len(dataset))
+    def __init__(self, dataset: Dataset, draws: Draws, order: Order) -> None:
+        self.dataset, self.draws, self.order = dataset, draws, order
 
     def __call__(self, counters: list[int]) -> _Read:
         corrupt: dict[int, str] = {}
-        samples, positions = zip(*(self._read(counter, corrupt) for counter in counters))
-        return _Read(torch.stack(samples), counters, list(positions), corrupt)
+        samples, positions = [], []
+        for counter in counters:
+            sample, position = self._read(counter, corrupt)
+            if sample is None:
+                return _Read(torch.empty(0), counters, [], corrupt)
+            samples.append(sample)
+            positions.append(position)
+        return _Read(torch.stack(samples), counters, positions, corrupt)
 
-    def _read(self, counter: int, corrupt: dict[int, str]) -> tuple[Tensor, int]:
-        start, size = self.order(counter), len(self.dataset)
-        for step in range(size):
-            position = (start + step) % size
+    def _read(self, counter: int, corrupt: dict[int, str]) -> tuple[Tensor | None, int]:
+        """The sample and where it stands; None where the loader stops, for what is in ``corrupt``."""
+        start = self.order(counter)
+        for position in self.order.instead(start):
             try:
                 return self.dataset.read(position, draws=self.draws, index=counter), position
             except CorruptImage as error:
                 corrupt[position] = str(error)
-            if len(corrupt) > self.dataset.max_corrupt * size:
+            if len(corrupt) > self.dataset.max_corrupt * len(self.dataset):
                 break
-        return torch.empty(self.dataset.sample_shape), start  # never used: the loader stops with the list
+        return None, start
+
+
+def _order(dataset: Dataset, draws: Draws, batch_size: int) -> Order:
+    """The order of a data set, which tells what it never shows."""
+    if not isinstance(dataset, Bucketed):
+        return Order(draws, len(dataset))
+    order = Order(draws, len(dataset), dataset.buckets, batch_size)
+    counts = np.bincount(dataset.buckets)
+    small = [i for i, count in enumerate(counts) if 0 < count < batch_size]
+    shapes = ", ".join(f"{dataset.shapes[i][0]} x {dataset.shapes[i][1]}" for i in small)
+    told = f"{counts[small].sum()} pictures are in buckets of fewer than batch_size = {batch_size}: {shapes}"
+    if not order.size:
+        raise ValueError(f"{told}; lower data.max_ratio or train.batch_size, or raise data.unit")
+    if small:
+        logger.warning("%s; they are never seen", told)
+    return order
 
 
 def _start_worker(reader: _Reader) -> None:
