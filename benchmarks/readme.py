@@ -374,6 +374,55 @@ def text() -> list[str]:
     ]
 
 
+def scale() -> list[str]:
+    result, saved = _result("scaling"), _result("saving")
+    speeds, seconds = result["throughput"], saved["seconds"]
+    one = speeds["one process, 1 thread"]["images_per_second"]
+    return [
+        f"| against one process | sample order | SGD, 50 steps: largest difference | AdamW, 20 steps: relative distance | "
+        f"largest gap of the loss in {result['steps']} steps |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {name} | {'identical' if row['sgd']['order_identical'] else 'DIFFERS'} | {row['sgd']['largest']:.0e} | "
+            + (f"{row['adamw']['relative']:.0e} | {row['largest_gap']:.0e} |" if "adamw" in row else "| |")
+            for name, row in list(result["layouts"].items())[1:]
+        ),
+        "",
+        "![the curves over each other](docs/images/scaling.png)",
+        "",
+        "| on the same two cores | images/s | of twice one thread |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {row['images_per_second']:.0f} | {row['images_per_second'] / one / 2:.0%} |"
+            for name, row in speeds.items()
+        ),
+        "",
+        f"| a checkpoint of {saved['gigabytes']:.2f} GB | seconds |",
+        "|---|---|",
+        f"| training waits, written at once | {seconds['at_once']:.2f} |",
+        f"| training waits, `train.async_save` | {seconds['stall']:.3f} |",
+        f"| hashes checked before reading | {seconds['verify']:.2f} ({saved['verify_seconds_per_gb']:.2f} s/GB) |",
+        "",
+        _source(result, "python benchmarks/scaling.py") + "; `python benchmarks/saving.py`",
+    ]
+
+
+def studio() -> list[str]:
+    result = _result("studio")
+    starts, busy = result["starts"], result["at_once"]
+    longest = {name: max(start[name] for start in starts) for name in starts[0]}
+    return [
+        "| the studio, longest of " + f"{len(starts)} starts | measured | asked |",
+        "|---|---|---|",
+        f"| from `untwine app` to the page | {longest['page']:.1f} s | |",
+        f"| to the first picture on it (`ddt-digits`) | {longest['first_picture']:.1f} s | 15 s |",
+        f"| {busy['requests']} requests at once, {busy['images']} images of {busy['steps']} steps each: median, p95 | "
+        f"{busy['median']:.1f} s, {busy['p95']:.1f} s (alone {busy['alone_median']:.2f} s) | |",
+        "",
+        _source(result, "python benchmarks/studio.py"),
+    ]
+
+
 def claims() -> list[str]:
     mean_flow, width, noise = (_result(name) for name in ("mean_flow", "width_claim", "rae_noise"))
     runs = mean_flow["runs"]
@@ -414,6 +463,8 @@ PARTS = {
     claims: "rae_noise",
     reliability: "kill_resume",
     faults: "faults",
+    scale: "scaling",
+    studio: "studio",
     comparison: "ddt_vs_dit",
     comparison_fashion: "ddt_vs_dit_fashion",
 }
