@@ -379,8 +379,8 @@ def scale() -> list[str]:
     speeds, seconds = result["throughput"], saved["seconds"]
     one = speeds["one process, 1 thread"]["images_per_second"]
     return [
-        f"| against one process | sample order | SGD, 50 steps: largest difference | AdamW, 20 steps: relative distance | "
-        f"largest gap of the loss in {result['steps']} steps |",
+        f"| against one process | sample order | SGD, 50 steps: largest difference | AdamW, 20 steps: relative "
+        f"distance | largest gap of the loss in {result['steps']} steps |",
         "|---|---|---|---|---|",
         *(
             f"| {name} | {'identical' if row['sgd']['order_identical'] else 'DIFFERS'} | {row['sgd']['largest']:.0e} | "
