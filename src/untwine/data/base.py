@@ -61,6 +61,9 @@ class Dataset(ABC):
         """The codec that encodes what :meth:`read` returns, for data whose latents ``codec`` shall decode."""
         return codec
 
+    def check(self, codec: Codec, model: Any) -> None:  # noqa: B027 - where all samples have one shape, nothing
+        """Raises ValueError where ``codec`` or ``model`` cannot take samples of other shapes than ``sample_shape``."""
+
     def split(self, validation: int | float, seed: int) -> tuple[Dataset, Dataset]:
         """(training, held out): a count or a fraction in [0, 1) of the samples is held out, stratified by class.
 

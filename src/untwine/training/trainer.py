@@ -22,7 +22,6 @@ from rich.console import Console
 from untwine.conditions.text import Text
 from untwine.contracts import Batch, Loss
 from untwine.data.base import Dataset
-from untwine.data.buckets import Buckets
 from untwine.data.features import FrozenFeatures
 from untwine.data.loading import Loader, lines_of
 from untwine.diffusion.draws import Draws
@@ -105,8 +104,7 @@ class Trainer:
             self.text = self.recipe.condition.build().to(self.processes.device)
             self.prompts = prompts_in_turn(self.held_out, self.training_set, self.recipe.seed)
         self.networks = Networks(self.recipe, self.objective, self.recipe.model.build, self.processes)
-        if isinstance(self.dataset, Buckets):
-            self.dataset.check(self.codec, self.networks.model)
+        self.dataset.check(self.codec, self.networks.model)
         self.storage: Storage = LOCAL
         self.step = 0
         """optimizer steps made"""
