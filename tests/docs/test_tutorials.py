@@ -49,15 +49,19 @@ def test_there_are_the_promised_tutorials():
 
 
 def test_pictures_say_what_makes_them():
-    """Every picture of samples is compared with what its page draws, save those of the README and of benchmarks.
+    """Every picture of samples is compared with what its page draws, save those of the README, results and benchmarks.
 
     The pages of the studio are pictures that a browser draws.
     """
     compared = {shown.name for page in PAGES for _, shown in pictures(page)}
-    readme = {Path(path).name for path in re.findall(r"docs/images/\S+?\.png", (DOCS.parent / "README.md").read_text())}
+    measured = {
+        Path(path).name
+        for page in (DOCS.parent / "README.md", DOCS / "results.md")
+        for path in re.findall(r"\]\((\S+?\.png)\)", page.read_text(encoding="utf-8"))
+    }
     benchmarks = "".join(file.read_text() for file in (DOCS.parent / "benchmarks").glob("*.py"))
     drawn = {path.name for path in DOCS.glob("images/*.png") if f'"{path.name}"' in benchmarks}
-    assert compared == {path.name for path in DOCS.glob("images/*.png")} - readme - drawn
+    assert compared == {path.name for path in DOCS.glob("images/*.png")} - measured - drawn
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
