@@ -87,15 +87,16 @@ class Networks:
 
     def _parallelize(self) -> None:
         plan = self.recipe.train.parallel
+        strategy = resolve_strategy(plan, self.model, self.processes)
         for name, module in self.modules.items():
-            trainable = self.roles[name].trainable
-            module.requires_grad_(trainable).train(trainable)
+            role = self.roles[name]
+            module.requires_grad_(role.trainable).train(role.trainable)
             if name == "model" and self.recipe.adapter is not None:
                 self._adapt(module)
-            if trainable:
+            follows = role.source is not None and strategy in ("fsdp", "hsdp")  # a shard is copied from a shard
+            if role.trainable or follows:
                 parallelize(module, plan, self.processes)
         if list(self.objective.parameters()):
-            strategy = resolve_strategy(plan, self.model, self.processes)
             own = replace(plan, strategy=strategy, checkpointing=False, compile=False, param_dtype="float32")
             parallelize(self.objective, own, self.processes)
 
