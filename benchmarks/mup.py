@@ -2,11 +2,13 @@
 
     python benchmarks/mup.py                              coordinate check of DDT and DiT on digits, widths 32-512
     python benchmarks/mup.py --data fashion               the same on Fashion-MNIST
-    python benchmarks/mup.py --transfer --data fashion    400 steps at widths 32-256, learning rates by factors of 2
+    python benchmarks/mup.py --transfer --data fashion --depth 4 --work out/mup
+                                                          400 steps at widths 32-256, learning rates by factors of 2
 
 Claimed: under muP the slope of log size over log width is within 0.1 of zero at every layer before and after each of
 the first steps, and not under the standard parametrization; the best learning rate is the same at all widths within
-one factor of 2 under muP. ``--transfer`` repeats the best rate of each width and its neighbours on three seeds.
+one factor of 2 under muP. ``--transfer`` repeats the best rate of each width and its neighbours on three seeds; with
+``--work`` finished runs are kept, and the same command continues.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +35,25 @@ from untwine.training.widths import (
 )
 
 CLAIMED, HEAD_WIDTH = 0.1, 16
+tell = partial(print, flush=True)
 RECIPES = {"digits": "ddt-digits", "fashion": "ddt-fashion"}
 RATES = [2.0**-k for k in range(12, 4, -1)]
 
 
-def recipe_of(model: str, data: str, batch_size: int, width: int) -> Recipe:
+def recipe_of(model: str, options: argparse.Namespace) -> Recipe:
     """The shipped recipe, or the same with a DiT of equal depth and patches that predicts velocities."""
-    found = Recipe.load(RECIPES[data])
+    found = Recipe.load(RECIPES[options.data])
+    if options.depth:  # an encoder of three quarters of the blocks, as in the recipes
+        depths = {"depth": options.depth, "encoder_depth": options.depth * 3 // 4}
+        found = replace(found, model=found.model.replace(**depths))
     if model == "dit":
         told = found.model.options
         kept = {name: told[name] for name in ("hidden_size", "depth", "num_heads", "patch_size")}
         given = found.to_dict() | {"model": {"kind": "dit", "learn_sigma": False, "predicts": "velocity", **kept}}
         found = Recipe.from_dict(given)
-    train = replace(found.train, batch_size=batch_size, clip_norm=None)
-    return at_width(replace(found, train=train), width, head_width=HEAD_WIDTH)
+    parallel = replace(found.train.parallel, param_dtype="bfloat16" if options.transfer else "float32")
+    train = replace(found.train, batch_size=options.batch_size, clip_norm=None, parallel=parallel)
+    return at_width(replace(found, train=train), options.widths[0], head_width=HEAD_WIDTH)
 
 
 def check(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
@@ -54,7 +62,7 @@ def check(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     for name in PARAMETRIZATIONS:
         given = parametrized(recipe, name, options.widths[0])
         found[name] = coordinate_check(
-            given, options.widths, num_steps=options.steps, seeds=range(options.seeds), told=print
+            given, options.widths, num_steps=options.steps, seeds=range(options.seeds), told=tell
         )
     return found
 
@@ -64,7 +72,9 @@ def transfer(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for name in PARAMETRIZATIONS:
         given = parametrized(recipe, name, options.widths[0])
-        sweep = learning_rates(given, options.widths, options.lrs, num_steps=options.steps, told=print)
+        sweep = learning_rates(
+            given, options.widths, options.lrs, num_steps=options.steps, told=tell, work=options.work
+        )
         again = [
             means(given, width, neighbours(options.lrs, best), options)
             for width, best in zip(options.widths, sweep["best"])
@@ -82,12 +92,10 @@ def neighbours(lrs: Sequence[float], best: float) -> list[float]:
 
 def means(recipe: Recipe, width: int, lrs: Sequence[float], options: argparse.Namespace) -> dict[str, Any]:
     """The mean loss over seeds of each rate at one width; None where a run diverged."""
-    rows = [
-        learning_rates(replace(recipe, seed=seed), [width], lrs, num_steps=options.steps, told=print)["losses"][0]
-        for seed in range(options.seeds)
-    ]
-    told = [None if None in column else sum(column) / len(column) for column in zip(*rows)]
-    return {"width": width, "lrs": lrs, "mean_losses": told}
+    run = partial(learning_rates, widths=[width], lrs=lrs, num_steps=options.steps, told=tell, work=options.work)
+    rows = [run(replace(recipe, seed=seed))["losses"][0] for seed in range(options.seeds)]
+    losses = [None if None in column else sum(column) / len(column) for column in zip(*rows)]
+    return {"width": width, "lrs": lrs, "mean_losses": losses}
 
 
 def main() -> None:
@@ -100,6 +108,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--depth", type=int, help="blocks; default: the recipe's")
+    parser.add_argument("--work", type=Path, help="keep the losses of the sweep here, and continue from them")
     parser.add_argument("--out", type=Path, help="folder of the results; default: benchmarks/results")
     options = parser.parse_args()
     common.RESULTS = options.out or common.RESULTS
@@ -108,7 +118,7 @@ def main() -> None:
     name = f"mup_{'transfer' if options.transfer else 'coordinates'}_{options.data}"
     results: dict[str, Any] = {}
     for model in options.models:
-        recipe = recipe_of(model, options.data, options.batch_size, options.widths[0])
+        recipe = recipe_of(model, options)
         results[model] = (transfer if options.transfer else check)(recipe, options)
         common.RESULTS.mkdir(exist_ok=True, parents=True)
         draw = draw_learning_rates if options.transfer else draw_coordinates
@@ -117,7 +127,13 @@ def main() -> None:
         holds = {m: max(map(abs, found["mup"]["shift_in_grid_steps"])) <= 1 for m, found in results.items()}
     else:
         holds = {m: abs(found["mup"]["largest_slope"]) <= CLAIMED for m, found in results.items()}
-    facts = {"widths": options.widths, "head_width": HEAD_WIDTH, "steps": options.steps, "seeds": options.seeds}
+    facts = {
+        "depth": options.depth,
+        "widths": options.widths,
+        "head_width": HEAD_WIDTH,
+        "steps": options.steps,
+        "seeds": options.seeds,
+    }
     save(name, {"data": options.data, **facts, "batch_size": options.batch_size, "holds": holds, **results})
 
 

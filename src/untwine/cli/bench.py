@@ -199,7 +199,10 @@ def _mup(args: list[str]) -> int:
         print(f"{name}:", flush=True)
         if options.lrs:
             steps = options.steps or 400
-            found[name] = runs.learning_rates(recipe, options.widths, options.lrs, num_steps=steps, told=print)
+            kept = options.out / "losses"
+            found[name] = runs.learning_rates(
+                recipe, options.widths, options.lrs, num_steps=steps, told=print, work=kept
+            )
         else:
             seeds = range(options.seeds)
             found[name] = runs.coordinate_check(

@@ -6,6 +6,8 @@ optimizer steps, must not depend on the width; under the standard parametrizatio
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import tempfile
@@ -75,16 +77,25 @@ def coordinate_check(
 
 
 def learning_rates(
-    recipe: Recipe, widths: Sequence[int], lrs: Sequence[float], *, num_steps: int, told: Told = logger.info
+    recipe: Recipe,
+    widths: Sequence[int],
+    lrs: Sequence[float],
+    *,
+    num_steps: int,
+    told: Told = logger.info,
+    work: Path | None = None,
 ) -> dict[str, Any]:
     """The validation loss (its flow part, where there is one) of every width and learning rate.
+
+    Args:
+        work: a folder that keeps the loss of each finished run by its recipe and length; the same call continues.
 
     Returns:
         ``losses``: (widths, lrs), None where the run diverged; ``best``: the best rate of each width.
     """
     losses: list[list[float | None]] = []
     for width in widths:
-        losses.append([_loss(with_rate(at_width(recipe, width), lr), num_steps) for lr in lrs])
+        losses.append([_kept_loss(with_rate(at_width(recipe, width), lr), num_steps, work) for lr in lrs])
         told(f"width {width}: " + ", ".join(f"{lr:g} {_text(loss)}" for lr, loss in zip(lrs, losses[-1])))
     best = [min(zip(row, lrs), key=lambda pair: math.inf if pair[0] is None else pair[0])[1] for row in losses]
     return {"widths": list(widths), "lrs": list(lrs), "num_steps": num_steps, "losses": losses, "best": best}
@@ -174,6 +185,19 @@ def _measure(sizes: list[float], module: nn.Module, args: Any, output: Any) -> N
     first = output[0] if isinstance(output, tuple) else output
     if isinstance(first, Tensor):
         sizes.append(float(first.detach().abs().mean()))
+
+
+def _kept_loss(recipe: Recipe, num_steps: int, work: Path | None) -> float | None:
+    if work is None:
+        return _loss(recipe, num_steps)
+    told = json.dumps([recipe.to_dict(), num_steps], sort_keys=True)
+    file = work / f"loss-{hashlib.sha256(told.encode()).hexdigest()[:24]}.json"
+    if not file.is_file():
+        draft = file.with_suffix(".draft")
+        work.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(_loss(recipe, num_steps)), encoding="utf-8")
+        draft.replace(file)
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _loss(recipe: Recipe, num_steps: int) -> float | None:
