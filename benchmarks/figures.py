@@ -29,11 +29,14 @@ SECTIONS: dict[str, dict[Part, str]] = {
     "Backbones and objectives": {
         training.comparison: "ddt_vs_dit",
         training.comparison_fashion: "ddt_vs_dit_fashion",
+        training.backbones_fashion: "ddt_vs_dit_backbones_fashion",
+        training.backbones_emoji: "ddt_vs_dit_backbones_emoji",
         training.claims: "rae_noise",
     },
     "Sharing and caching": {
         sharing.sharing: "sharing-ddt-digits",
         sharing.sharing_fashion: "sharing-ddt-fashion",
+        sharing.sharing_emoji: "sharing-ddt-emoji",
         sharing.foreign: "foreign_caching",
     },
     "Speed and economy": {

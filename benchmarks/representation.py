@@ -59,7 +59,7 @@ def recipe(name: str, options: argparse.Namespace, seed: int) -> Recipe:
     found = Recipe.from_dict(given)
     steps = options.steps or found.train.num_steps
     every = max(1, steps // 5)
-    parallel = replace(found.train.parallel, compile=False, param_dtype="float32")
+    parallel = replace(found.train.parallel, compile=True, param_dtype="bfloat16")
     train = replace(found.train, num_steps=steps, validate_every=every, save_every=every, parallel=parallel)
     return replace(found, train=train)
 

@@ -28,6 +28,12 @@ def sharing_fashion() -> list[str]:
     )
 
 
+def sharing_emoji() -> list[str]:
+    return _shared(
+        "sharing-ddt-emoji", "python benchmarks/sharing.py --checkpoint ddt-emoji --reference emoji --without ..."
+    )
+
+
 def _shared(name: str, command: str) -> list[str]:
     """A row for every budget: the distance of each way, with its Frechet distance where that was measured."""
     result = result_of(name)

@@ -6,6 +6,14 @@ from typing import Any
 
 from tables.results import result_of, source
 
+_BACKBONES = {
+    "ddt": "DDT",
+    "improved_dit": "improved DiT",
+    "sit": "SiT",
+    "ddt_head": "DiT-DH (wide head)",
+    "dit": "DiT, its own objective",
+}
+
 
 def comparison() -> list[str]:
     return _compared("ddt_vs_dit", "python benchmarks/ddt_vs_dit.py")
@@ -15,32 +23,51 @@ def comparison_fashion() -> list[str]:
     return _compared("ddt_vs_dit_fashion", "python benchmarks/ddt_vs_dit.py --data fashion")
 
 
+def backbones_fashion() -> list[str]:
+    return _compared("ddt_vs_dit_backbones_fashion", "python benchmarks/ddt_vs_dit.py --data fashion --backbones ...")
+
+
+def backbones_emoji() -> list[str]:
+    return _compared("ddt_vs_dit_backbones_emoji", "python benchmarks/ddt_vs_dit.py --data emoji --backbones ...")
+
+
 def _compared(name: str, command: str) -> list[str]:
+    """A row for every backbone; the published DiT's losses are of another objective, and left out."""
     result = result_of(name)
     settings, means, runs = result["settings"], result["means"], result["runs"]
-    data = settings["data"]["kind"]
+    data, seeds = settings["data"]["kind"], settings["seeds"]
+    losses = {
+        key: ("", "") if key == "dit" else (_spread(found, "validation_loss"), f"{means[key]['training_loss']:.4f}")
+        for key, found in runs.items()
+    }
+    picture = f"ddt-vs-dit-{data}{'' if len(runs) == 2 else '-backbones'}.png"
     return [
-        f"| {settings['depth']} blocks of width {settings['width']} on {data}, "
-        f"{settings['steps']} steps, {settings['seeds']} seeds | "
-        "parameters | held-out loss | training loss | FD-EffLite0 (floor) | ms a step |",
-        "|---|---|---|---|---|---|",
+        f"| {settings['depth']} blocks of width {settings['width']} on {data}, {settings['steps']} steps, {seeds} "
+        f"seed{'s' if seeds > 1 else ''} | parameters | held-out loss | training loss | FD-EffLite0 (floor) | GFLOP a "
+        "step | ms a step |",
+        "|---|---|---|---|---|---|---|",
         *(
-            f"| {title} | {runs[key][0]['parameters']:,} | {_spread(runs[key], 'validation_loss')} | "
-            f"{means[key]['training_loss']:.4f} | {_last_distance(runs[key])} | "
-            f"{1000 * result['step_seconds'][key]['median']:.0f} |"
-            for title, key in (("DDT", "ddt"), ("improved DiT", "improved_dit"))
+            f"| {_BACKBONES[key]} | {found[0]['parameters']:,} | {' | '.join(losses[key])} | {_last_distance(found)} | "
+            f"{_step_gflops(found[0]):.1f} | {1000 * result['step_seconds'][key]['median']:.0f} |"
+            for key, found in runs.items()
         ),
         "",
-        f"![losses and distances of both](docs/images/ddt-vs-dit-{data}.png)",
+        f"![losses and distances of each](docs/images/{picture})",
         "",
         f"Means over seeds, with the lowest and highest loss; every run and its curve is in "
         f"`benchmarks/results/{name}.json`. " + source(result, command),
     ]
 
 
+def _step_gflops(run: dict[str, Any]) -> float:
+    last = run["curve"][-1]
+    return last["gflops"] / last["step"]
+
+
 def _spread(runs: list[dict[str, Any]], key: str) -> str:
     values = [run[key] for run in runs]
-    return f"{sum(values) / len(values):.4f} ({min(values):.4f}-{max(values):.4f})"
+    mean = f"{sum(values) / len(values):.4f}"
+    return f"{mean} ({min(values):.4f}-{max(values):.4f})" if len(values) > 1 else mean
 
 
 def _last_distance(runs: list[dict[str, Any]]) -> str:
