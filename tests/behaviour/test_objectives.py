@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from tests.objectives import ProjectorTerm, TwoNetworks
 from tests.tiny import tiny
@@ -26,7 +23,6 @@ from untwine.training.objectives.base import Role
 from untwine.training.objectives.flow_matching import FlowMatching, time_weight
 from untwine.training.objectives.joint import BasePrediction, ClassToken
 from untwine.training.objectives.learned_variance import VariationalBound, bound, discretized_log_likelihood
-from untwine.training.recipe import Recipe
 from untwine.training.trainer import Trainer
 
 
@@ -302,13 +298,3 @@ def test_terms_are_options_of_a_recipe():
     objective = type(recipe).from_dict(recipe.to_dict()).objective.build()
     assert objective.path == LinearPath(sigma_floor=0.05)
     assert objective.terms[1].targets == ("dino",)
-
-
-def test_recipe_lines_of_the_page_load():
-    """Every block of docs/objectives.md is part of a recipe."""
-    page = Path(__file__).parents[2] / "docs" / "objectives.md"
-    blocks = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) > 6
-    for block in blocks:
-        given = {"name": "page", "data": {"kind": "digits"}, "model": {"kind": "ddt"}, "train": {"num_steps": 1}}
-        Recipe.from_dict({**given, **yaml.safe_load(block)}).objective.build()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from tests.distributed.spawn import run_ranks
@@ -27,8 +24,6 @@ from untwine.training.metering import read_log
 from untwine.training.objectives.dispersive import Dispersive, off_diagonal_covariance
 from untwine.training.objectives.flow_matching import FlowMatching
 from untwine.training.objectives.sra import SelfAlignment, distance
-from untwine.training.parametrization import resized
-from untwine.training.recipe import Recipe
 from untwine.training.trainer import Trainer
 
 SRA = {"kind": "sra", "site": "blocks.0", "teacher_site": "blocks.1"}
@@ -297,16 +292,3 @@ def test_efflite_stages_are_targets(tmp_path):
     assert -1 <= line["alignment"] <= 1 and math.isfinite(line["loss"])
     widths = [p[-1].out_features for p in trainer.objective.terms[1].projectors]
     assert widths == [40, 1280]
-
-
-def test_recipe_lines_of_the_page_load():
-    """Every block of docs/learn-faster.md is part of a recipe."""
-    page = Path(__file__).parents[2] / "docs" / "learn-faster.md"
-    blocks = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 5
-    for block in blocks:
-        given = {"name": "page", "data": {"kind": "digits"}, "model": {"kind": "ddt"}, "train": {"num_steps": 1}}
-        recipe = Recipe.from_dict({**given, **yaml.safe_load(block)})
-        recipe.objective.build()
-        if recipe.mup is not None:
-            assert resized(recipe.model.to_dict(), recipe.mup.base_width)["num_heads"] == 2

@@ -20,7 +20,9 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +38,17 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return FENCE.findall(page.read_text(encoding="utf-8"))
 
 
-def run_page(page: Path) -> int:
+def run_page(page: Path, short: Mapping[str, str] | None = None) -> int:
     """Runs the blocks of ``page`` and says how many ran.
+
+    Args:
+        short: how a ``bash`` command starts -> flags added to it, where the page's would take hours.
 
     Raises:
         AssertionError: naming the page and the block that did not do what the page says.
     """
     names: dict[str, Any] = {"__name__": page.stem}
-    runners = {"bash": _bash, "console": _console, "python": _python, "pycon": _pycon}
+    runners = {"bash": partial(_bash, short=short or {}), "console": _console, "python": _python, "pycon": _pycon}
     ran = 0
     for number, (language, code) in enumerate(blocks(page), 1):
         if language in runners:
@@ -57,10 +62,11 @@ def pictures(page: Path) -> list[tuple[Path, Path]]:
     return [(Path(made), page.parent / shown) for shown, made in MADE.findall(page.read_text(encoding="utf-8"))]
 
 
-def _bash(code: str, where: str, names: dict[str, Any]) -> None:
+def _bash(code: str, where: str, names: dict[str, Any], *, short: Mapping[str, str]) -> None:
     for command in code.replace("\\\n", " ").splitlines():
         if command.strip() and not command.startswith("#"):
-            status, output = execute(command)
+            more = next((flags for start, flags in short.items() if command.startswith(start)), "")
+            status, output = execute(f"{command} {more}")
             assert status == 0, f"{where}: {command}\n{output}"
 
 

@@ -8,12 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from tests.docs.pages import DOCS, blocks, pictures, run_page
+from untwine.training.parametrization import resized
+from untwine.training.recipe import Recipe
 
 TUTORIALS = sorted(DOCS.glob("tutorials/*.md"))
 PAGES = [DOCS / "index.md", DOCS / "getting-started.md", *TUTORIALS, DOCS / "troubleshooting.md"]
+GUIDES = {
+    "masked-diffusion": {
+        "untwine train": "--train.num-steps 2 --train.validation 20",
+        "untwine sample": "--count 4 --num-inference-steps 3",
+    },
+    "text-to-image": {"untwine sample": "--num-inference-steps 5"},
+}
+"""page -> how a command of it starts -> what makes it short"""
 SHOWN_ONLY = {"text", "yaml", "json", "sh"}
 
 
@@ -34,6 +45,24 @@ def test_page_runs(page, empty_folder):
     assert ran >= 1, f"{page.name} shows nothing that runs"
     for made, shown in pictures(page):
         assert _distance(Path(made), shown) < 2, f"{shown.name} is no longer what the page's commands draw"
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_guide_runs_shortened(page, empty_folder):
+    assert run_page(DOCS / f"{page}.md", GUIDES[page]) >= 2
+
+
+@pytest.mark.parametrize("page", ["objectives", "learn-faster", "masked-diffusion", "rae", "text-to-image"])
+def test_lines_of_recipes_load(page):
+    """Every ``yaml`` block is part of a recipe."""
+    parts = [yaml.safe_load(code) for language, code in blocks(DOCS / f"{page}.md") if language == "yaml"]
+    assert parts
+    for part in parts:
+        given = {"name": "page", "data": {"kind": "digits"}, "model": {"kind": "ddt"}, "train": {"num_steps": 1}}
+        recipe = Recipe.from_dict({**given, **part})
+        recipe.objective.build()
+        if recipe.mup is not None:
+            assert resized(recipe.model.to_dict(), recipe.mup.base_width)["num_heads"] == 2
 
 
 def test_there_are_the_promised_tutorials():
