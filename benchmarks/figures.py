@@ -31,6 +31,10 @@ SECTIONS: dict[str, dict[Part, str]] = {
         training.comparison_fashion: "ddt_vs_dit_fashion",
         training.backbones_fashion: "ddt_vs_dit_backbones_fashion",
         training.backbones_emoji: "ddt_vs_dit_backbones_emoji",
+        training.aligned_fashion: "representation_fashion",
+        training.aligned_emoji: "representation_emoji",
+        training.masked: "umd_digits",
+        training.widths: "mup_transfer_fashion",
         training.claims: "rae_noise",
     },
     "Sharing and caching": {

@@ -64,16 +64,89 @@ def _step_gflops(run: dict[str, Any]) -> float:
     return last["gflops"] / last["step"]
 
 
-def _spread(runs: list[dict[str, Any]], key: str) -> str:
+def _spread(runs: list[dict[str, Any]], key: str, form: str = ".4f") -> str:
     values = [run[key] for run in runs]
-    mean = f"{sum(values) / len(values):.4f}"
-    return f"{mean} ({min(values):.4f}-{max(values):.4f})" if len(values) > 1 else mean
+    mean, low, high = (format(value, form) for value in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} ({low}-{high})" if len(values) > 1 else mean
 
 
 def _last_distance(runs: list[dict[str, Any]]) -> str:
     last = [run["distances"][-1] if run["distances"] else run for run in runs]
     mean, floor = (sum(point[key] for point in last) / len(last) for key in ("fd", "floor"))
     return f"{mean:.1f} ({floor:.1f})"
+
+
+_TERMS = {"plain": "flow matching alone", "repa": "with REPA", "sra": "with SRA", "dispersive": "with dispersion"}
+
+
+def aligned_fashion() -> list[str]:
+    return _aligned("fashion")
+
+
+def aligned_emoji() -> list[str]:
+    return _aligned("emoji")
+
+
+def _aligned(data: str) -> list[str]:
+    result = result_of(f"representation_{data}")
+    plain = result["step_ms"]["plain"]["median"]
+    return [
+        f"| `{result['recipe']}`, {result['steps'] or 'all'} steps, {len(result['runs']['plain'])} seeds | held-out flow "
+        "loss | FD-EffLite0 | linear probe of the aligned block | ms a step |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {_TERMS[name]} | {_spread(runs, 'validation_loss')} | {_spread(runs, 'fd', '.1f')} | "
+            f"{_spread(runs, 'probe', '.1%')} | {result['step_ms'][name]['median']:.0f} "
+            f"({result['step_ms'][name]['median'] / plain:.2f}x) |"
+            for name, runs in result["runs"].items()
+        ),
+        "",
+        source(result, f"python benchmarks/representation.py --data {data} --steps {result['steps']}"),
+    ]
+
+
+_MASKED = {"umd": "UMD", "dit": "DiT's objective", "mae": "MAE alone"}
+
+
+def masked() -> list[str]:
+    result = result_of("umd_digits")
+    first, second = result["steps"]
+    pixels = sum(run["pixels"] for run in result["runs"]["umd"]) / len(result["runs"]["umd"])
+    return [
+        f"| `{result['recipe']}`, {first} steps without labels, {len(result['runs']['umd'])} seeds | linear probe | error "
+        f"of the noise after {second} more steps for generation | FD-EffLite0 |",
+        "|---|---|---|---|",
+        *(
+            f"| {_MASKED[name]} | {_spread(runs, 'probe', '.1%')} | {_spread(runs, 'noise_error')} | "
+            f"{_spread(runs, 'fd', '.1f')} |"
+            for name, runs in result["runs"].items()
+        ),
+        "",
+        f"The same probe of the pixels: {pixels:.1%}. " + source(result, "python benchmarks/umd.py"),
+    ]
+
+
+def widths() -> list[str]:
+    """Slopes of activations, and shifts of the best rate."""
+    slopes, shifts = result_of("mup_coordinates_digits"), result_of("mup_transfer_fashion")
+    names, models = {"mup": "muP", "standard": "standard parametrization"}, {"ddt": "DDT", "dit": "DiT"}
+    spans = [f"{of['widths'][0]}-{of['widths'][-1]}" for of in (slopes, shifts)]
+    return [
+        f"| width | largest slope of activations, widths {spans[0]} (digits) | best rate at widths "
+        f"{', '.join(map(str, shifts['widths']))} (Fashion-MNIST) | largest shift, in factors of 2 |",
+        "|---|---|---|---|",
+        *(
+            f"| {models[model]}, {told} | {slopes[model][name]['largest_slope']:+.2f} | "
+            f"{', '.join(f'{rate:.1e}' for rate in shifts[model][name]['best'])} | "
+            f"{max(map(abs, shifts[model][name]['shift_in_grid_steps']))} |"
+            for model in models
+            for name, told in names.items()
+        ),
+        "",
+        "; ".join(
+            (source(slopes, "python benchmarks/mup.py"), source(shifts, "python benchmarks/mup.py --transfer ..."))
+        ),
+    ]
 
 
 def claims() -> list[str]:
