@@ -90,9 +90,10 @@ def aligned_emoji() -> list[str]:
 def _aligned(data: str) -> list[str]:
     result = result_of(f"representation_{data}")
     plain = result["step_ms"]["plain"]["median"]
+    seeds = len(result["runs"]["plain"])
     return [
-        f"| `{result['recipe']}`, {result['steps'] or 'all'} steps, {len(result['runs']['plain'])} seeds | held-out flow "
-        "loss | FD-EffLite0 | linear probe of the aligned block | ms a step |",
+        f"| `{result['recipe']}`, {result['steps'] or 'all'} steps, {seeds} seeds | held-out flow loss | FD-EffLite0 | "
+        "linear probe of the aligned block | ms a step |",
         "|---|---|---|---|---|",
         *(
             f"| {_TERMS[name]} | {_spread(runs, 'validation_loss')} | {_spread(runs, 'fd', '.1f')} | "
@@ -113,8 +114,8 @@ def masked() -> list[str]:
     first, second = result["steps"]
     pixels = sum(run["pixels"] for run in result["runs"]["umd"]) / len(result["runs"]["umd"])
     return [
-        f"| `{result['recipe']}`, {first} steps without labels, {len(result['runs']['umd'])} seeds | linear probe | error "
-        f"of the noise after {second} more steps for generation | FD-EffLite0 |",
+        f"| `{result['recipe']}`, {first} steps without labels, {len(result['runs']['umd'])} seeds | linear probe | "
+        f"error of the noise after {second} more steps for generation | FD-EffLite0 |",
         "|---|---|---|---|",
         *(
             f"| {_MASKED[name]} | {_spread(runs, 'probe', '.1%')} | {_spread(runs, 'noise_error')} | "
