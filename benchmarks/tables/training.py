@@ -11,7 +11,7 @@ _BACKBONES = {
     "improved_dit": "improved DiT",
     "sit": "SiT",
     "ddt_head": "DiT-DH (wide head)",
-    "dit": "DiT, its own objective",
+    "dit": "DiT, its own objective (loss: as velocities)",
 }
 
 
@@ -32,14 +32,11 @@ def backbones_emoji() -> list[str]:
 
 
 def _compared(name: str, command: str) -> list[str]:
-    """A row for every backbone; the published DiT's losses are of another objective, and left out."""
+    """A row for every backbone; the published DiT's training loss is of another objective, and left out."""
     result = result_of(name)
     settings, means, runs = result["settings"], result["means"], result["runs"]
     data, seeds = settings["data"]["kind"], settings["seeds"]
-    losses = {
-        key: ("", "") if key == "dit" else (_spread(found, "validation_loss"), f"{means[key]['training_loss']:.4f}")
-        for key, found in runs.items()
-    }
+    trained = {key: "" if key == "dit" else f"{mean['training_loss']:.4f}" for key, mean in means.items()}
     picture = f"ddt-vs-dit-{data}{'' if len(runs) == 2 else '-backbones'}.png"
     return [
         f"| {settings['depth']} blocks of width {settings['width']} on {data}, {settings['steps']} steps, {seeds} "
@@ -47,7 +44,8 @@ def _compared(name: str, command: str) -> list[str]:
         "step | ms a step |",
         "|---|---|---|---|---|---|---|",
         *(
-            f"| {_BACKBONES[key]} | {found[0]['parameters']:,} | {' | '.join(losses[key])} | {_last_distance(found)} | "
+            f"| {_BACKBONES[key]} | {found[0]['parameters']:,} | {_spread(found, 'validation_loss')} | "
+            f"{trained[key]} | {_last_distance(found)} | "
             f"{_step_gflops(found[0]):.1f} | {1000 * result['step_seconds'][key]['median']:.0f} |"
             for key, found in runs.items()
         ),
