@@ -163,7 +163,8 @@ class OnLinearPath(nn.Module):
 
 def velocity_error(trainer: Trainer, folder: Path) -> float:
     """Of the averaged weights of a finished run of ``dit``, on the triples of the others."""
-    model, chain = untwine.load(str(folder)).model, trainer.objective.path
+    chain: Any = trainer.objective.path
+    model = untwine.load(str(folder)).model
     measured = trainer.validation.measure(
         {"model": OnLinearPath(model, chain)}, FlowMatching(), step=0, precision=trainer.networks.forward_precision
     )
