@@ -5,8 +5,8 @@
 
 A kill inside a checkpoint write is made at every storage operation of a save, and at each in the middle of it; disks
 fill up by an injected ENOSPC; signals and SIGKILL go to real processes, of which two are joined by gloo where one of
-them meets a NaN or is killed. ``survived`` counts the runs that went on to the state of an uninterrupted run, bit for
-bit; ``refused`` those of what must not be accepted.
+them meets a NaN, is killed or hangs. ``survived`` counts the runs that went on to the state of an uninterrupted run,
+bit for bit; ``refused`` those of what must not be accepted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 from fault_files import ROWS
 from kill_resume import COMMON
 from tests.faults.test_interrupted_saves import Crash, Failing
+from tests.faults.test_lost_rank import EVERY, PATIENCE, STEPS, launch, lose_rank, newest, wait_for
 from tests.tiny import tiny
 
 from untwine.training import checkpoint
@@ -40,22 +40,7 @@ from untwine.training.nonfinite import TrainingDiverged
 from untwine.training.saving import SavingFailed
 from untwine.training.trainer import Trainer
 
-STEPS, EVERY = 12, 3
 RECIPE = {"train.num_steps": STEPS, "train.save_every": EVERY}
-PROGRAM = """
-import json, os, signal, sys, torch
-torch.set_num_threads(1)
-from tests.faults.poison import register
-register()
-from tests.tiny import tiny
-from untwine.training.trainer import Trainer
-trainer = Trainer(tiny(**json.loads(sys.argv[2])), sys.argv[1], device="cpu")
-def heard(step):
-    print(step, flush=True)
-    if os.environ.get("DIES_AT") == f"{trainer.processes.rank}:{step}":
-        os.kill(os.getpid(), signal.SIGKILL)
-trainer.fit(until=json.loads(sys.argv[3]), on_step=heard)
-"""
 
 
 def tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -71,11 +56,6 @@ def finished(folder: Path, changes: dict[str, Any] = RECIPE) -> dict[str, torch.
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def newest(folder: Path) -> int:
-    path = checkpoint.latest(folder / "checkpoints")
-    return -1 if path is None else int(path.name.removeprefix("step-"))
 
 
 def interrupted_saves(work: Path, whole: dict[str, torch.Tensor], crash: bool) -> dict[str, Any]:
@@ -122,29 +102,6 @@ def full_disk(work: Path, whole: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {"runs": 2, "survived": recovered, "steps_lost": lost, "names_bytes": "needed" in message}
 
 
-def launch(
-    folder: Path, changes: dict[str, Any], ranks: int = 1, until: int | None = None, dies_at: str = ""
-) -> list[subprocess.Popen[str]]:
-    """Starts a run; ``dies_at`` is RANK:STEP of a process that kills itself."""
-    port = str(20000 + os.getpid() % 20000)
-    env = {**os.environ, "DIES_AT": dies_at, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(changes), json.dumps(until)]
-    processes = []
-    for rank in range(ranks):
-        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        joined = {name: str(value) for name, value in group.items()} | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        own = env | (joined if ranks > 1 else {})
-        processes.append(
-            subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=own
-            )
-        )
-    return processes
-
-
 def signalled(work: Path, whole: dict[str, torch.Tensor], number: int) -> dict[str, Any]:
     folder = work / signal.Signals(number).name
     (process,) = launch(folder, RECIPE)
@@ -168,30 +125,9 @@ def signalled(work: Path, whole: dict[str, torch.Tensor], number: int) -> dict[s
     }
 
 
-def _wait(processes: list[subprocess.Popen[str]]) -> list[tuple[str, int]]:
-    return [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
-
-
-def killed_rank(work: Path) -> dict[str, Any]:
-    """SIGKILL to the second of two processes at step 5: the first must end by itself; both then start again."""
-    uninterrupted, folder = work / "two", work / "killed"
-    _wait(launch(uninterrupted, RECIPE, ranks=2))
-    processes = launch(folder, RECIPE, ranks=2, dies_at="1:5")
-    processes[1].wait(timeout=120)
-    died = time.perf_counter()
-    ends = _wait(processes)
-    seconds = time.perf_counter() - died
-    lost = 5 - newest(folder)
-    _wait(launch(folder, RECIPE, ranks=2))
-    one, other = (Trainer(tiny(**RECIPE), path) for path in (uninterrupted, folder))
-    for trainer in (one, other):
-        checkpoint.load(trainer.out / "checkpoints" / f"step-{STEPS}", trainer.networks.tensors())
-    return {
-        "runs": 1,
-        "survived": int(equal(tensors(one), tensors(other)) and ends[0][1] > 0),
-        "steps_lost": lost,
-        "worst_seconds": round(seconds, 2),
-    }
+def lost_rank(work: Path, number: int) -> dict[str, Any]:
+    status, same, lost, seconds = lose_rank(work, number)
+    return {"runs": 1, "survived": int(same and status > 0), "steps_lost": lost, "worst_seconds": round(seconds, 2)}
 
 
 def nan_on_one_rank(work: Path) -> dict[str, Any]:
@@ -201,7 +137,9 @@ def nan_on_one_rank(work: Path) -> dict[str, Any]:
     register()
     objective = {"kind": "test_poisoned", "counter": 5 * 16 + 13}
     changes = {**RECIPE, "objective": objective}
-    ends = [_wait(launch(work / name, changes, ranks=2, until=until)) for name, until in (("before", 5), ("nan", None))]
+    ends = [
+        wait_for(launch(work / name, changes, ranks=2, until=until)) for name, until in (("before", 5), ("nan", None))
+    ]
     before, again = (Trainer(tiny(**changes), work / name) for name in ("before", "nan"))
     checkpoint.load(work / "before" / "checkpoints" / "step-5", before.networks.tensors())
     stopped = all(TrainingDiverged.__name__ in stderr and code for stderr, code in ends[1])
@@ -241,7 +179,8 @@ def main() -> None:
             "SIGINT": lambda: signalled(work, whole, signal.SIGINT),
             "SIGKILL": lambda: signalled(work, whole, signal.SIGKILL),
             "NaN on one of two ranks": lambda: nan_on_one_rank(work),
-            "SIGKILL to one of two ranks": lambda: killed_rank(work),
+            "SIGKILL to one of two ranks": lambda: lost_rank(work, signal.SIGKILL),
+            f"one of two ranks hangs, time-out {PATIENCE:g} s": lambda: lost_rank(work, signal.SIGSTOP),
         }
         for number, (name, damage) in enumerate(ROWS.items()):
             folder = work / f"files-{number}"
