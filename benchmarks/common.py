@@ -74,6 +74,30 @@ def save(name: str, values: dict[str, Any]) -> Path:
     return path
 
 
+def kept(file: Path, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of a long run and its commit: from ``file`` if it is there, or of ``run``, and then kept there.
+
+    So the runs of an experiment can be spread over days and machines. A file of other settings is refused.
+    """
+    settings = json.loads(json.dumps(settings))
+    if not file.is_file():
+        record = {"hardware": hardware(), "settings": settings, "result": {"commit": COMMIT, **run()}}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(".draft")
+        draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        draft.replace(file)
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if record["settings"] != settings:
+        raise SystemExit(f"{file} is of a run of other settings: remove it, or give another folder")
+    return record["result"]
+
+
+def without_root(recipe: Any) -> dict[str, Any]:
+    """A recipe as plain data, but for the place where its data lie."""
+    told = recipe.to_dict()
+    return told | {"data": {key: value for key, value in told["data"].items() if key != "root"}}
+
+
 def _lines(path: str) -> list[str]:
     file = Path(path)
     return file.read_text().splitlines() if file.exists() else []

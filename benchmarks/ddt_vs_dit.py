@@ -13,13 +13,13 @@ Compared is the held-out loss of the averaged weights on fixed (image, t, noise)
 steps, training FLOPs and seconds: the seconds are those of a step timed in turn after the runs, on a machine that does
 nothing else. Beside it the Frechet distance of EfficientNet-Lite0 features to the training data, of 1000 samples of 20
 steps (Euler's; DDIM's for ``dit``) at the end and, on digits, of 300 five times a run. With ``--work`` the runs are
-kept, and the same command continues them.
+kept, and the same command continues them; with ``--records benchmarks/results/runs`` what the published table was made
+from is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, paired, save
+from common import ROOT, kept, paired, save, without_root
 from torch import Tensor, nn
 
 import untwine
@@ -111,8 +111,10 @@ def recipe(name: str, plan: dict[str, Any], seed: int, steps: int) -> Recipe:
     )
 
 
-def train(name: str, plan: dict[str, Any], seed: int, steps: int, folder: Path) -> dict[str, Any]:
-    trainer = Trainer(recipe(name, plan, seed, steps), folder)
+def train(told: Recipe, plan: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Trains and judges one run."""
+    name = told.model.kind
+    trainer = Trainer(told, folder)
     trainer.fit()
     network: Any = trainer.networks.model
     step_flops = TRAINING * plan["batch"] * network.flops(trainer.latent_shape)
@@ -136,6 +138,13 @@ def train(name: str, plan: dict[str, Any], seed: int, steps: int, folder: Path) 
             for line in read_log(folder / "log.jsonl", "evaluation")
         ],
     }
+
+
+def result(name: str, plan: dict[str, Any], seed: int, steps: int, work: Path, records: Path) -> dict[str, Any]:
+    """Of one run, which is made if there is no record of it."""
+    told = recipe(name, plan, seed, steps)
+    file = records / f"backbone-{plan['data']['kind']}-{name}-{seed}.json"
+    return kept(file, without_root(told), lambda: train(told, plan, work / told.name))
 
 
 class OnLinearPath(nn.Module):
@@ -172,16 +181,12 @@ def velocity_error(trainer: Trainer, folder: Path) -> float:
 
 
 def judged(folder: Path, plan: dict[str, Any]) -> dict[str, float]:
-    """Distance of a finished run's samples, kept beside it."""
-    file = folder / "judged.json"
-    if not file.is_file():
-        samples = untwine.sample(str(folder), count=1000, seed=0, batch_size=100)
-        options = ",".join(f"{key}={value}" for key, value in plan["data"].items() if key != "kind")
-        reference = open_reference(":".join(filter(None, (plan["data"]["kind"], options))))
-        report = evaluate(samples.images, reference, PROTOCOL, cache=folder.parent / "references").values
-        found = {"fd": report["metrics"]["fd"], "kid": report["metrics"]["kid"], "floor": report["floor"]["fd"]}
-        file.write_text(json.dumps(found), encoding="utf-8")
-    return json.loads(file.read_text(encoding="utf-8"))
+    """Distance of a finished run's samples."""
+    samples = untwine.sample(str(folder), count=1000, seed=0, batch_size=100)
+    options = ",".join(f"{key}={value}" for key, value in plan["data"].items() if key != "kind")
+    reference = open_reference(":".join(filter(None, (plan["data"]["kind"], options))))
+    report = evaluate(samples.images, reference, PROTOCOL, cache=folder.parent / "references").values
+    return {"fd": report["metrics"]["fd"], "kid": report["metrics"]["kid"], "floor": report["floor"]["fd"]}
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
@@ -251,6 +256,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--root", type=Path, help="where the data lies")
     parser.add_argument("--work", type=Path, help="keep the runs here, and continue them")
+    parser.add_argument("--records", type=Path, help="results of finished runs, read and kept here; default: as --work")
     options = parser.parse_args()
     steps, plan = options.steps or STEPS[options.data], DATA[options.data]
     located = {**plan, "data": {**plan["data"], **({"root": str(options.root)} if options.root else {})}}
@@ -259,7 +265,7 @@ def main() -> None:
         work = options.work or Path(temporary)
         for seed in range(options.seeds):
             for name, found in runs.items():
-                found.append(train(name, located, seed, steps, work / f"{name}-{seed}"))
+                found.append(result(name, located, seed, steps, work, options.records or work))
         steppers = {name: training_step(name, located, work / "timing") for name in runs}
         seconds = paired(steppers, repeats=15, warmup=3)
     with_seconds(runs, seconds)
@@ -269,11 +275,11 @@ def main() -> None:
     }
     ratio = {key: means["ddt"][key] / means["improved_dit"][key] for key in ("validation_loss", "training_loss")}
     settings = {**plan, "steps": steps, "seeds": options.seeds}
-    result = {"settings": settings, "runs": runs, "means": means, "ddt_over_dit": ratio, "step_seconds": seconds}
+    values = {"settings": settings, "runs": runs, "means": means, "ddt_over_dit": ratio, "step_seconds": seconds}
     names = "" if len(runs) == 2 else "-backbones"
     where = ROOT / "docs" / "images" / f"ddt-vs-dit-{options.data}{names}.png"
     draw(runs, f"{plan['depth']} blocks of width {plan['width']}, {options.data}", where)
-    save(f"ddt_vs_dit{names.replace('-', '_')}{'' if options.data == 'digits' else '_' + options.data}", result)
+    save(f"ddt_vs_dit{names.replace('-', '_')}{'' if options.data == 'digits' else '_' + options.data}", values)
 
 
 if __name__ == "__main__":
