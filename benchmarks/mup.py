@@ -2,13 +2,13 @@
 
     python benchmarks/mup.py                              coordinate check of DDT and DiT on digits, widths 32-512
     python benchmarks/mup.py --data fashion               the same on Fashion-MNIST
-    python benchmarks/mup.py --transfer --data fashion --depth 4 --work out/mup
+    python benchmarks/mup.py --transfer --data fashion --depth 4 --records benchmarks/results/runs
                                                           400 steps at widths 32-256, learning rates by factors of 2
 
 Claimed: under muP the slope of log size over log width is within 0.1 of zero at every layer before and after each of
 the first steps, and not under the standard parametrization; the best learning rate is the same at all widths within
 one factor of 2 under muP. ``--transfer`` repeats the best rate of each width and its neighbours on three seeds; with
-``--work`` finished runs are kept, and the same command continues.
+``--records`` losses of finished runs are read and kept there, and the same command continues.
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ def transfer(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for name in PARAMETRIZATIONS:
         given = parametrized(recipe, name, options.widths[0])
-        sweep = learning_rates(
-            given, options.widths, options.lrs, num_steps=options.steps, told=tell, work=options.work
-        )
+        sweep = learning_rates(given, options.widths, options.lrs, **told_of(options))
         again = [
             means(given, width, neighbours(options.lrs, best), options)
             for width, best in zip(options.widths, sweep["best"])
@@ -82,6 +80,11 @@ def transfer(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         shifts = [options.lrs.index(best) - options.lrs.index(sweep["best"][0]) for best in sweep["best"]]
         found[name] = {**sweep, "seeds_around_best": again, "shift_in_grid_steps": shifts}
     return found
+
+
+def told_of(options: argparse.Namespace) -> dict[str, Any]:
+    kept = options.records and options.records / f"mup-{options.data}.jsonl"
+    return {"num_steps": options.steps, "told": tell, "kept": kept}
 
 
 def neighbours(lrs: Sequence[float], best: float) -> list[float]:
@@ -92,7 +95,7 @@ def neighbours(lrs: Sequence[float], best: float) -> list[float]:
 
 def means(recipe: Recipe, width: int, lrs: Sequence[float], options: argparse.Namespace) -> dict[str, Any]:
     """The mean loss over seeds of each rate at one width; None where a run diverged."""
-    run = partial(learning_rates, widths=[width], lrs=lrs, num_steps=options.steps, told=tell, work=options.work)
+    run = partial(learning_rates, widths=[width], lrs=lrs, **told_of(options))
     rows = [run(replace(recipe, seed=seed))["losses"][0] for seed in range(options.seeds)]
     losses = [None if None in column else sum(column) / len(column) for column in zip(*rows)]
     return {"width": width, "lrs": lrs, "mean_losses": losses}
@@ -109,7 +112,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--depth", type=int, help="blocks; default: the recipe's")
-    parser.add_argument("--work", type=Path, help="keep the losses of the sweep here, and continue from them")
+    parser.add_argument("--records", type=Path, help="losses of the sweep's runs, read and kept here")
     parser.add_argument("--out", type=Path, help="folder of the results; default: benchmarks/results")
     options = parser.parse_args()
     common.RESULTS = options.out or common.RESULTS

@@ -7,13 +7,13 @@ Measured on the averaged weights, fixed before the runs: the held-out flow loss 
 Frechet distance of EfficientNet-Lite0 features of 1000 guided samples to the training data; the accuracy of a ridge
 classifier on the mean token of the aligned block, without a label, at t = 0.1. REPA's target is a stage of the network
 that the distance is measured with, which may flatter it there. At last the time of a step, in turn, and on a GPU its
-memory. With ``--work`` the runs are kept, and the same command continues them.
+memory. With ``--work`` the runs are kept, and the same command continues them; with ``--records
+benchmarks/results/runs`` what the published table was made from is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from typing import Any
 
 import common
 import torch
-from common import paired, save
+from common import kept, paired, save, without_root
 from torch import Tensor
 
 import untwine
@@ -65,29 +65,32 @@ def recipe(name: str, options: argparse.Namespace, seed: int) -> Recipe:
 
 
 def run(name: str, options: argparse.Namespace, seed: int, work: Path) -> dict[str, Any]:
-    """Trains, judges and probes one run; what was finished before is read again."""
-    folder = work / f"{options.data}-{name}-{seed}"
-    trainer = Trainer(recipe(name, options, seed), folder)
+    """One run, made if there is no record of it."""
+    told, stem = recipe(name, options, seed), f"{options.data}-{name}-{seed}"
+    settings = {"recipe": without_root(told), "samples": options.samples, "probe": options.probe}
+    file = (options.records or work) / f"representation-{stem}.json"
+    return {"seed": seed, **kept(file, settings, lambda: train(told, options, work / stem))}
+
+
+def train(told: Recipe, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Trains, judges and probes one run."""
+    trainer = Trainer(told, folder)
     trainer.fit()
     lines = read_log(folder / "log.jsonl", "validation")
-    file = folder / f"judged-{options.samples}.json"
-    if not file.is_file():
-        found = {"fd": distance(trainer, folder, options, work), "probe": probe(trainer, folder, options.probe)}
-        file.write_text(json.dumps(found), encoding="utf-8")
-    judged = json.loads(file.read_text(encoding="utf-8"))
     curve = [{"step": line["step"], **{key: line[key] for key in parts(line)}} for line in lines]
-    return {"seed": seed, "validation_loss": lines[-1]["flow"], **judged, "curve": curve}
+    fd, accuracy = distance(trainer, folder, options), probe(trainer, folder, options.probe)
+    return {"validation_loss": lines[-1]["flow"], "fd": fd, "probe": accuracy, "curve": curve}
 
 
 def parts(line: dict[str, Any]) -> list[str]:
     return [key for key in ("flow", "alignment", "sra", "dispersive") if key in line]
 
 
-def distance(trainer: Trainer, folder: Path, options: argparse.Namespace, work: Path) -> float:
+def distance(trainer: Trainer, folder: Path, options: argparse.Namespace) -> float:
     """FD-EffLite0 of samples to the training pictures."""
     samples = untwine.sample(str(folder), count=options.samples, seed=0, batch_size=100)
     reference = Reference(options.data, lambda size: from_dataset(trainer.training_set, options.data))
-    found = evaluate(samples.images, reference, protocol_of(options.samples), cache=work / "references").values
+    found = evaluate(samples.images, reference, protocol_of(options.samples), cache=folder.parent / "references").values
     return found["metrics"]["fd"]
 
 
@@ -152,6 +155,7 @@ def main() -> None:
     parser.add_argument("--probe", type=int, default=5000, help="samples that the classifier learns from, at most")
     parser.add_argument("--root", help="folder of the data, where they are not in their usual place")
     parser.add_argument("--work", type=Path, help="keep the runs here, and continue them")
+    parser.add_argument("--records", type=Path, help="results of finished runs, read and kept here; default: as --work")
     parser.add_argument("--out", type=Path, help="folder of the results; default: benchmarks/results")
     options = parser.parse_args()
     common.RESULTS = options.out or common.RESULTS

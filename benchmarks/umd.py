@@ -8,13 +8,13 @@ authors do it: every patch visible, one sample in 20 clean and hidden. Fixed bef
 accuracy of a ridge classifier on the representation after the first stage, of clean pictures (for DiT, which has seen
 none, of noised ones at t = 0.05; of clean ones beside it); after the second the held-out error of the noise, and the
 Frechet distance of EfficientNet-Lite0 features of 1000 guided samples to the training data. With ``--work`` the runs
-are kept, and the same command continues them. The same classifier on the pixels is reported as well.
+are kept, and the same command continues them; with ``--records benchmarks/results/runs`` what the published table was
+made from is not run again. The same classifier on the pixels is reported as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -23,7 +23,7 @@ from typing import Any
 
 import common
 import torch
-from common import save
+from common import kept, save, without_root
 from representation import distance
 from torch import Tensor
 
@@ -77,23 +77,31 @@ def recipe(name: str, options: argparse.Namespace, seed: int, *, tune: bool) -> 
 
 
 def run(name: str, options: argparse.Namespace, seed: int, work: Path) -> dict[str, Any]:
-    """Both stages of one seed, judged; what was finished before is read again."""
-    folders = [work / f"{options.data}-{name}-{seed}{tail}" for tail in ("", "-tuned")]
+    """One seed of an objective, made if there is no record of it."""
+    stages = [recipe(name, options, seed, tune=tune) for tune in (False, True)]
+    settings = {"recipes": list(map(without_root, stages)), "samples": options.samples, "probe": options.probe}
+    file = (options.records or work) / f"umd-{options.data}-{name}-{seed}.json"
+    return {"seed": seed, **kept(file, settings, lambda: train(name, stages, options, work))}
+
+
+def train(name: str, stages: list[Recipe], options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Trains both stages, and judges them."""
+    folders = [work / f"{options.data}-{stage.name}" for stage in stages]
     started = time.perf_counter()
-    first = Trainer(recipe(name, options, seed, tune=False), folders[0])
+    first = Trainer(stages[0], folders[0])
     first.fit()
-    second = Trainer(recipe(name, options, seed, tune=True), folders[1], init=folders[0])
+    second = Trainer(stages[1], folders[1], init=folders[0])
     second.fit()
     seconds = time.perf_counter() - started
-    file = folders[1] / f"judged-{options.samples}.json"
-    if not file.is_file():
-        probes = {str(t): probe(first, folders[0], t, options.probe) for t in PROBED_AT[name]}
-        found = {"probe": probes[str(PROBED_AT[name][0])], "probes": probes, "seconds": seconds}
-        found["pixels"] = probe(first, folders[0], None, options.probe)
-        found["fd"] = distance(second, folders[1], options, work)
-        file.write_text(json.dumps(found), encoding="utf-8")
-    error = read_log(folders[1] / "log.jsonl", "validation")[-1]["noise"]
-    return {"seed": seed, "noise_error": error, **json.loads(file.read_text(encoding="utf-8"))}
+    probes = {str(t): probe(first, folders[0], t, options.probe) for t in PROBED_AT[name]}
+    return {
+        "noise_error": read_log(folders[1] / "log.jsonl", "validation")[-1]["noise"],
+        "probe": probes[str(PROBED_AT[name][0])],
+        "probes": probes,
+        "pixels": probe(first, folders[0], None, options.probe),
+        "fd": distance(second, folders[1], options),
+        "seconds": seconds,
+    }
 
 
 def probe(trainer: Trainer, folder: Path, t: float | None, count: int) -> float:
@@ -153,6 +161,7 @@ def main() -> None:
     parser.add_argument("--probe", type=int, default=5000, help="samples that the classifier learns from, at most")
     parser.add_argument("--root", help="folder of the data, where they are not in their usual place")
     parser.add_argument("--work", type=Path, help="keep the runs here, and continue them")
+    parser.add_argument("--records", type=Path, help="results of finished runs, read and kept here; default: as --work")
     parser.add_argument("--out", type=Path, help="folder of the results; default: benchmarks/results")
     options = parser.parse_args()
     common.RESULTS = options.out or common.RESULTS

@@ -15,5 +15,9 @@ def result_of(name: str) -> dict[str, Any]:
 
 
 def source(result: dict[str, Any], command: str) -> str:
-    m = result["hardware"]
-    return f"`{command}`, commit `{result['commit']}`, {m['cpu']}, {m['threads']} threads, torch {m['torch']}"
+    """Command, commit and machine of a result; with the commits of runs that were recorded before."""
+    m, runs = result["hardware"], result.get("runs")
+    found = {run.get("commit") for of in runs.values() for run in of} if isinstance(runs, dict) else set()
+    earlier = sorted(found - {None, result["commit"]})
+    told = f" (runs: {', '.join(f'`{commit}`' for commit in earlier)})" if earlier else ""
+    return f"`{command}`, commit `{result['commit']}`{told}, {m['cpu']}, {m['threads']} threads, torch {m['torch']}"

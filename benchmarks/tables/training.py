@@ -143,7 +143,7 @@ def widths() -> list[str]:
         ),
         "",
         "; ".join(
-            (source(slopes, "python benchmarks/mup.py"), source(shifts, "python benchmarks/mup.py --transfer ..."))
+            (source(slopes, "python benchmarks/mup.py"), source(shifts, "python benchmarks/mup.py --transfer --data fashion --depth 4"))
         ),
     ]
 

@@ -168,15 +168,16 @@ def test_activations_are_flat_under_mup_and_not_without():
 
 def test_rates_are_swept_and_the_best_is_found(tmp_path, monkeypatch):
     recipe = parametrized(tiny(), "mup", 32)
-    found = learning_rates(recipe, (32, 64), (1e-6, 3e-3), num_steps=12, work=tmp_path)
+    kept = tmp_path / "sweep" / "losses.jsonl"
+    found = learning_rates(recipe, (32, 64), (1e-6, 3e-3), num_steps=12, kept=kept)
     assert found["best"] == [3e-3, 3e-3]
     assert all(low > high for low, high in found["losses"])
     with monkeypatch.context() as patch:
         patch.setattr(widths, "_loss", lambda recipe, num_steps: 7.0)  # finished runs are not run again, others are
-        assert learning_rates(recipe, (32, 64), (1e-6, 3e-3), num_steps=12, work=tmp_path) == found
+        assert learning_rates(recipe, (32, 64), (1e-6, 3e-3), num_steps=12, kept=kept) == found
         other = replace(recipe, seed=1)
-        assert learning_rates(other, (32,), (1e-6,), num_steps=12, work=tmp_path)["losses"] == [[7.0]]
-        assert learning_rates(recipe, (32,), (1e-6,), num_steps=13, work=tmp_path)["losses"] == [[7.0]]
+        assert learning_rates(other, (32,), (1e-6,), num_steps=12, kept=kept)["losses"] == [[7.0]]
+        assert learning_rates(recipe, (32,), (1e-6,), num_steps=13, kept=kept)["losses"] == [[7.0]]
     muon = replace(recipe, optimizer=Muon(lr=1e-2, rest=AdamW(lr=1e-3)))
     assert with_rate(muon, 2e-2).optimizer.rest.lr == pytest.approx(2e-3)
     assert at_width(recipe, 64, head_width=8).model.options["num_heads"] == 8

@@ -199,9 +199,9 @@ def _mup(args: list[str]) -> int:
         print(f"{name}:", flush=True)
         if options.lrs:
             steps = options.steps or 400
-            kept = options.out / "losses"
+            kept = options.out / "losses.jsonl"
             found[name] = runs.learning_rates(
-                recipe, options.widths, options.lrs, num_steps=steps, told=print, work=kept
+                recipe, options.widths, options.lrs, num_steps=steps, told=print, kept=kept
             )
         else:
             seeds = range(options.seeds)

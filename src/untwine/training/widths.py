@@ -83,19 +83,19 @@ def learning_rates(
     *,
     num_steps: int,
     told: Told = logger.info,
-    work: Path | None = None,
+    kept: Path | None = None,
 ) -> dict[str, Any]:
     """The validation loss (its flow part, where there is one) of every width and learning rate.
 
     Args:
-        work: a folder that keeps the loss of each finished run by its recipe and length; the same call continues.
+        kept: a JSONL file of the losses of finished runs, by recipe and length; the same call continues.
 
     Returns:
         ``losses``: (widths, lrs), None where the run diverged; ``best``: the best rate of each width.
     """
     losses: list[list[float | None]] = []
     for width in widths:
-        losses.append([_kept_loss(with_rate(at_width(recipe, width), lr), num_steps, work) for lr in lrs])
+        losses.append([_kept_loss(with_rate(at_width(recipe, width), lr), num_steps, kept) for lr in lrs])
         told(f"width {width}: " + ", ".join(f"{lr:g} {_text(loss)}" for lr, loss in zip(lrs, losses[-1])))
     best = [min(zip(row, lrs), key=lambda pair: math.inf if pair[0] is None else pair[0])[1] for row in losses]
     return {"widths": list(widths), "lrs": list(lrs), "num_steps": num_steps, "losses": losses, "best": best}
@@ -187,17 +187,21 @@ def _measure(sizes: list[float], module: nn.Module, args: Any, output: Any) -> N
         sizes.append(float(first.detach().abs().mean()))
 
 
-def _kept_loss(recipe: Recipe, num_steps: int, work: Path | None) -> float | None:
-    if work is None:
+def _kept_loss(recipe: Recipe, num_steps: int, kept: Path | None) -> float | None:
+    if kept is None:
         return _loss(recipe, num_steps)
+    optimizer: Any = recipe.optimizer
     told = json.dumps([recipe.to_dict(), num_steps], sort_keys=True)
-    file = work / f"loss-{hashlib.sha256(told.encode()).hexdigest()[:24]}.json"
-    if not file.is_file():
-        draft = file.with_suffix(".draft")
-        work.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(_loss(recipe, num_steps)), encoding="utf-8")
-        draft.replace(file)
-    return json.loads(file.read_text(encoding="utf-8"))
+    key = hashlib.sha256(told.encode()).hexdigest()[:24]
+    lines = kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []
+    found = {line["run"]: line["loss"] for line in map(json.loads, lines)}
+    if key not in found:
+        found[key] = _loss(recipe, num_steps)
+        facts = {"width": recipe.model.options["hidden_size"], "lr": optimizer.lr, "seed": recipe.seed}
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with kept.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"run": key, **facts, "steps": num_steps, "loss": found[key]}) + "\n")
+    return found[key]
 
 
 def _loss(recipe: Recipe, num_steps: int) -> float | None:
