@@ -13,6 +13,7 @@ _BACKBONES = {
     "ddt_head": "DiT-DH (wide head)",
     "dit": "DiT, its own objective (loss: as velocities)",
 }
+_ALL = "--backbones ddt improved_dit sit ddt_head dit --records benchmarks/results/runs"
 
 
 def comparison() -> list[str]:
@@ -24,11 +25,12 @@ def comparison_fashion() -> list[str]:
 
 
 def backbones_fashion() -> list[str]:
-    return _compared("ddt_vs_dit_backbones_fashion", "python benchmarks/ddt_vs_dit.py --data fashion --backbones ...")
+    return _compared("ddt_vs_dit_backbones_fashion", f"python benchmarks/ddt_vs_dit.py --data fashion {_ALL}")
 
 
 def backbones_emoji() -> list[str]:
-    return _compared("ddt_vs_dit_backbones_emoji", "python benchmarks/ddt_vs_dit.py --data emoji --backbones ...")
+    command = "python benchmarks/ddt_vs_dit.py --data emoji --root data/emoji --seeds 1 --steps 3000"
+    return _compared("ddt_vs_dit_backbones_emoji", f"{command} {_ALL}")
 
 
 def _compared(name: str, command: str) -> list[str]:
@@ -142,9 +144,9 @@ def widths() -> list[str]:
             for name, told in names.items()
         ),
         "",
-        "; ".join(
-            (source(slopes, "python benchmarks/mup.py"), source(shifts, "python benchmarks/mup.py --transfer --data fashion --depth 4"))
-        ),
+        source(slopes, "python benchmarks/mup.py")
+        + "; "
+        + source(shifts, "python benchmarks/mup.py --transfer --data fashion --depth 4"),
     ]
 
 
