@@ -34,7 +34,8 @@ SECTIONS: dict[str, dict[Part, str]] = {
         training.aligned_fashion: "representation_fashion",
         training.aligned_emoji: "representation_emoji",
         training.masked: "umd_digits",
-        training.widths: "mup_transfer_fashion",
+        training.coordinates: "mup_coordinates_digits",
+        training.rates: "mup_transfer_fashion",
         training.claims: "rae_noise",
     },
     "Sharing and caching": {

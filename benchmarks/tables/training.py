@@ -127,26 +127,49 @@ def masked() -> list[str]:
     ]
 
 
-def widths() -> list[str]:
-    """Slopes of activations, and shifts of the best rate."""
-    slopes, shifts = result_of("mup_coordinates_digits"), result_of("mup_transfer_fashion")
-    names, models = {"mup": "muP", "standard": "standard parametrization"}, {"ddt": "DDT", "dit": "DiT"}
-    spans = [f"{of['widths'][0]}-{of['widths'][-1]}" for of in (slopes, shifts)]
+_PARAMETRIZED = {"mup": "muP", "standard": "standard parametrization"}
+_WIDENED = {"ddt": "DDT", "dit": "DiT"}
+
+
+def coordinates() -> list[str]:
+    """Slopes of activations over the width."""
+    result = result_of("mup_coordinates_digits")
     return [
-        f"| width | largest slope of activations, widths {spans[0]} (digits) | best rate at widths "
-        f"{', '.join(map(str, shifts['widths']))} (Fashion-MNIST) | largest shift, in factors of 2 |",
-        "|---|---|---|---|",
+        f"| log-log slope of activations over widths {result['widths'][0]}-{result['widths'][-1]}, digits, "
+        f"{result['steps']} steps | asked of muP | layers | largest | layer of the largest |",
+        "|---|---|---|---|---|",
         *(
-            f"| {models[model]}, {told} | {slopes[model][name]['largest_slope']:+.2f} | "
-            f"{', '.join(f'{rate:.1e}' for rate in shifts[model][name]['best'])} | "
-            f"{max(map(abs, shifts[model][name]['shift_in_grid_steps']))} |"
-            for model in models
-            for name, told in names.items()
+            f"| {_WIDENED[model]}, {told} | {'within 0.1' if name == 'mup' else ''} | {len(check['slopes'])} | "
+            f"{check['largest_slope']:+.2f} | `{_steepest(check['slopes'])}` |"
+            for model in _WIDENED
+            for name, told in _PARAMETRIZED.items()
+            for check in [result[model][name]]
         ),
         "",
-        source(slopes, "python benchmarks/mup.py")
-        + "; "
-        + source(shifts, "python benchmarks/mup.py --transfer --data fashion --depth 4"),
+        source(result, "python benchmarks/mup.py"),
+    ]
+
+
+def _steepest(slopes: dict[str, list[float | None]]) -> str:
+    return max(slopes, key=lambda layer: max(abs(slope or 0.0) for slope in slopes[layer]))
+
+
+def rates() -> list[str]:
+    """The best rate of each width, and by how many places of the grid it moves."""
+    result = result_of("mup_transfer_fashion")
+    return [
+        f"| best learning rate after {result['steps']} steps, Fashion-MNIST, {result['depth']} blocks | "
+        f"{' | '.join(f'width {width}' for width in result['widths'])} | largest shift, in factors of 2 |",
+        "|---|" + "---|" * (len(result["widths"]) + 1),
+        *(
+            f"| {_WIDENED[model]}, {told} | {' | '.join(f'{rate:.1e}' for rate in sweep['best'])} | "
+            f"{max(map(abs, sweep['shift_in_grid_steps']))} |"
+            for model in _WIDENED
+            for name, told in _PARAMETRIZED.items()
+            for sweep in [result[model][name]]
+        ),
+        "",
+        source(result, "python benchmarks/mup.py --transfer --data fashion --depth 4"),
     ]
 
 
