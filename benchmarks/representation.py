@@ -6,8 +6,8 @@
 Measured on the averaged weights, fixed before the runs: the held-out flow loss on fixed (image, t, noise) triples; the
 Frechet distance of EfficientNet-Lite0 features of 1000 guided samples to the training data; the accuracy of a ridge
 classifier on the mean token of the aligned block, without a label, at t = 0.1. REPA's target is a stage of the network
-that the distance is measured with, which may flatter it there. At last the time of a step, in turn, and on a GPU its
-memory. With ``--work`` the runs are kept, and the same command continues them; with ``--records
+that the distance is measured with, which may flatter it there. At last the time of a step, in turn, and what it
+allocates. With ``--work`` the runs are kept, and the same command continues them; with ``--records
 benchmarks/results/runs`` what the published table was made from is not run again.
 """
 
@@ -18,6 +18,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import common
 import torch
 from common import kept, paired, save, without_root
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import untwine
 from untwine.contracts import Condition
@@ -136,13 +138,18 @@ def training_step(name: str, options: argparse.Namespace, work: Path) -> Callabl
     return step
 
 
-def gpu_mib(step: Callable[[], None]) -> float | None:
-    """Largest memory that a step allocates; None on a CPU."""
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated() / 2**20
+def step_mib(step: Callable[[], None]) -> float:
+    """MiB that a step allocates at most at one time, beside what it found."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    events: Any = found.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate(size for _, size in changes)) / 2**20
 
 
 def main() -> None:
@@ -175,7 +182,7 @@ def main() -> None:
             "samples": options.samples,
             "means": {n: {key: statistics.mean(run[key] for run in rs) for key in keys} for n, rs in runs.items()},
             "step_ms": {name: {k: 1000 * v for k, v in s.items() if k != "repeats"} for name, s in seconds.items()},
-            "step_mib": {name: gpu_mib(step) for name, step in steps.items()},
+            "step_mib": {name: step_mib(step) for name, step in steps.items()},
             "runs": runs,
         },
     )

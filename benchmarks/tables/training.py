@@ -93,12 +93,12 @@ def _aligned(data: str) -> list[str]:
     seeds = len(result["runs"]["plain"])
     return [
         f"| `{result['recipe']}`, {result['steps'] or 'all'} steps, {seeds} seeds | held-out flow loss | FD-EffLite0 | "
-        "linear probe of the aligned block | ms a step |",
-        "|---|---|---|---|---|",
+        "linear probe of the aligned block | ms a step | MiB a step allocates |",
+        "|---|---|---|---|---|---|",
         *(
             f"| {_TERMS[name]} | {_spread(runs, 'validation_loss')} | {_spread(runs, 'fd', '.1f')} | "
             f"{_spread(runs, 'probe', '.1%')} | {result['step_ms'][name]['median']:.0f} "
-            f"({result['step_ms'][name]['median'] / plain:.2f}x) |"
+            f"({result['step_ms'][name]['median'] / plain:.2f}x) | {result['step_mib'][name]:.0f} |"
             for name, runs in result["runs"].items()
         ),
         "",
