@@ -125,9 +125,9 @@ def pooled(model: Any, trainer: Trainer, part: Dataset, count: int) -> tuple[Ten
     return torch.cat(found), torch.from_numpy(part.labels[order])
 
 
-def training_step(name: str, options: argparse.Namespace, work: Path) -> Callable[[], None]:
+def training_step(told: Recipe, folder: Path) -> Callable[[], None]:
     """One optimizer step of a fresh run on a fixed batch whose features are known."""
-    trainer = Trainer(recipe(name, options, 0), work / f"timing-{name}")
+    trainer = Trainer(told, folder)
     (batch,) = next(iter(trainer._loader(0, 1, 1)))
 
     def step() -> None:
@@ -169,7 +169,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="untwine-") as temporary:
         work = options.work or Path(temporary)
         runs = {name: [run(name, options, seed, work) for seed in range(options.seeds)] for name in options.terms}
-        steps = {name: training_step(name, options, Path(temporary)) for name in options.terms}
+        steps = {name: training_step(recipe(name, options, 0), Path(temporary) / f"timing-{name}") for name in TERMS}
         seconds = paired(steps, repeats=9, warmup=2)
     keys = ("validation_loss", "fd", "probe")
     save(

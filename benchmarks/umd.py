@@ -23,8 +23,8 @@ from typing import Any
 
 import common
 import torch
-from common import kept, save, without_root
-from representation import distance
+from common import kept, paired, save, without_root
+from representation import distance, step_mib, training_step
 from torch import Tensor
 
 import untwine
@@ -130,24 +130,17 @@ def represented(pipe: Any, trainer: Trainer, part: Dataset, t: float | None, cou
     return torch.cat(found), torch.from_numpy(part.labels[order])
 
 
-def announce(options: argparse.Namespace, work: Path) -> None:
-    """Prints how long the runs will take, from a few steps of each objective."""
-    total, batch = 0.0, None
-    for name in OBJECTIVES:
-        for tune in (False, True):
-            plan = recipe(name, options, 0, tune=tune)
-            trainer = Trainer(plan, work / f"timing-{name}-{tune}")
-            (batch,) = next(iter(trainer._loader(0, 1, 1)))
-            seconds = []
-            for _ in range(6):
-                started = time.perf_counter()
-                trainer.networks.zero_grad()
-                trainer._loss(batch, "model").total.backward()
-                trainer.networks.update("model", 0)
-                seconds.append(time.perf_counter() - started)
-            total += statistics.median(seconds) * plan.train.num_steps
-    minutes = total * options.seeds / 60
+def costs(options: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
+    """Milliseconds and MiB of a step of each objective and of tuning, in turn; says how long the runs will take."""
+    plans = {name: recipe(name, options, 0, tune=False) for name in OBJECTIVES}
+    plans["tuning"] = recipe("umd", options, 0, tune=True)
+    steps = {name: training_step(plan, work / f"timing-{name}") for name, plan in plans.items()}
+    seconds = {name: found["median"] for name, found in paired(steps, repeats=9, warmup=2).items()}
+    tuning = len(OBJECTIVES) * seconds["tuning"] * plans["tuning"].train.num_steps
+    training = sum(seconds[name] * plans[name].train.num_steps for name in OBJECTIVES)
+    minutes = options.seeds * (training + tuning) / 60
     print(f"expected: {minutes:.0f} minutes of training on this machine, sampling and judging on top", flush=True)
+    return {name: {"ms": 1000 * seconds[name], "mib": step_mib(step)} for name, step in steps.items()}
 
 
 def main() -> None:
@@ -167,7 +160,7 @@ def main() -> None:
     common.RESULTS = options.out or common.RESULTS
     with tempfile.TemporaryDirectory(prefix="untwine-") as temporary:
         work = options.work or Path(temporary)
-        announce(options, Path(temporary))
+        steps = costs(options, Path(temporary))
         runs = {name: [run(name, options, seed, work) for seed in range(options.seeds)] for name in OBJECTIVES}
     save(
         f"umd_{options.data}",
@@ -182,6 +175,7 @@ def main() -> None:
             ],
             "samples": options.samples,
             "guidance_scale": GUIDANCE,
+            "costs": steps,
             "means": {n: {key: statistics.mean(run[key] for run in rs) for key in KEYS} for n, rs in runs.items()},
             "runs": runs,
         },

@@ -89,21 +89,24 @@ def aligned_emoji() -> list[str]:
 
 def _aligned(data: str) -> list[str]:
     result = result_of(f"representation_{data}")
-    plain = result["step_ms"]["plain"]["median"]
     seeds = len(result["runs"]["plain"])
     return [
         f"| `{result['recipe']}`, {result['steps'] or 'all'} steps, {seeds} seeds | held-out flow loss | FD-EffLite0 | "
-        "linear probe of the aligned block | ms a step | MiB a step allocates |",
+        "linear probe of the aligned block | ms a step | MiB it allocates |",
         "|---|---|---|---|---|---|",
-        *(
-            f"| {_TERMS[name]} | {_spread(runs, 'validation_loss')} | {_spread(runs, 'fd', '.1f')} | "
-            f"{_spread(runs, 'probe', '.1%')} | {result['step_ms'][name]['median']:.0f} "
-            f"({result['step_ms'][name]['median'] / plain:.2f}x) | {result['step_mib'][name]:.0f} |"
-            for name, runs in result["runs"].items()
-        ),
+        *(_aligned_row(result, name) for name in result["step_ms"]),
         "",
         source(result, f"python benchmarks/representation.py --data {data} --steps {result['steps']}"),
     ]
+
+
+def _aligned_row(result: dict[str, Any], name: str) -> str:
+    """What a term was only timed for stays empty."""
+    runs, took, plain = result["runs"].get(name), result["step_ms"][name], result["step_ms"]["plain"]
+    measured = ("validation_loss", ".4f"), ("fd", ".1f"), ("probe", ".1%")
+    found = [_spread(runs, key, form) if runs else "" for key, form in measured]
+    cost = f"{took['median']:.0f} ({took['median'] / plain['median']:.2f}x) | {result['step_mib'][name]:.0f}"
+    return f"| {_TERMS[name]} | {' | '.join(found)} | {cost} |"
 
 
 _MASKED = {"umd": "UMD", "dit": "DiT's objective", "mae": "MAE alone"}
@@ -115,11 +118,11 @@ def masked() -> list[str]:
     pixels = sum(run["pixels"] for run in result["runs"]["umd"]) / len(result["runs"]["umd"])
     return [
         f"| `{result['recipe']}`, {first} steps without labels, {len(result['runs']['umd'])} seeds | linear probe | "
-        f"error of the noise after {second} more steps for generation | FD-EffLite0 |",
-        "|---|---|---|---|",
+        f"error of the noise after {second} more steps for generation | FD-EffLite0 | ms a step | MiB it allocates |",
+        "|---|---|---|---|---|---|",
         *(
             f"| {_MASKED[name]} | {_spread(runs, 'probe', '.1%')} | {_spread(runs, 'noise_error')} | "
-            f"{_spread(runs, 'fd', '.1f')} |"
+            f"{_spread(runs, 'fd', '.1f')} | {result['costs'][name]['ms']:.0f} | {result['costs'][name]['mib']:.0f} |"
             for name, runs in result["runs"].items()
         ),
         "",
