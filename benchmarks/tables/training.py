@@ -29,7 +29,7 @@ def backbones_fashion() -> list[str]:
 
 
 def backbones_emoji() -> list[str]:
-    command = "python benchmarks/ddt_vs_dit.py --data emoji --root data/emoji --seeds 1 --steps 3000"
+    command = "python benchmarks/ddt_vs_dit.py --data emoji --root data/emoji --seeds 1 --steps 2000"
     return _compared("ddt_vs_dit_backbones_emoji", f"{command} {_ALL}")
 
 
