@@ -7,14 +7,13 @@
 
 Claimed: under muP the slope of log size over log width is within 0.1 of zero at every layer before and after each of
 the first steps, and not under the standard parametrization; the best learning rate is the same at all widths within
-one factor of 2 under muP. ``--transfer`` repeats the best rate of each width and its neighbours on three seeds; with
-``--records`` losses of finished runs are read and kept there, and the same command continues.
+one factor of 2 under muP. ``--transfer`` repeats the best rate of each width on three seeds; with ``--records`` losses
+of finished runs are read and kept there, and the same command continues.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,7 @@ from untwine.training.widths import (
 CLAIMED, HEAD_WIDTH = 0.1, 16
 tell = partial(print, flush=True)
 RECIPES = {"digits": "ddt-digits", "fashion": "ddt-fashion"}
-RATES = [2.0**-k for k in range(12, 4, -1)]
+RATES = [2.0**-k for k in range(11, 4, -1)]
 
 
 def recipe_of(model: str, options: argparse.Namespace) -> Recipe:
@@ -51,7 +50,8 @@ def recipe_of(model: str, options: argparse.Namespace) -> Recipe:
         kept = {name: told[name] for name in ("hidden_size", "depth", "num_heads", "patch_size")}
         given = found.to_dict() | {"model": {"kind": "dit", "learn_sigma": False, "predicts": "velocity", **kept}}
         found = Recipe.from_dict(given)
-    parallel = replace(found.train.parallel, param_dtype="bfloat16" if options.transfer else "float32")
+    fast = {"param_dtype": "bfloat16", "compile": True} if options.transfer else {}
+    parallel = replace(found.train.parallel, **fast)
     train = replace(found.train, batch_size=options.batch_size, clip_norm=None, parallel=parallel)
     return at_width(replace(found, train=train), options.widths[0], head_width=HEAD_WIDTH)
 
@@ -68,17 +68,14 @@ def check(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def transfer(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
-    """The sweep under both parametrizations, and further seeds around the best rate of each width."""
+    """The sweep under both parametrizations, and the losses of all seeds at the best rate of each width."""
     found = {}
     for name in PARAMETRIZATIONS:
         given = parametrized(recipe, name, options.widths[0])
         sweep = learning_rates(given, options.widths, options.lrs, **told_of(options))
-        again = [
-            means(given, width, neighbours(options.lrs, best), options)
-            for width, best in zip(options.widths, sweep["best"])
-        ]
+        again = [seeds_at(given, width, best, options) for width, best in zip(options.widths, sweep["best"])]
         shifts = [options.lrs.index(best) - options.lrs.index(sweep["best"][0]) for best in sweep["best"]]
-        found[name] = {**sweep, "seeds_around_best": again, "shift_in_grid_steps": shifts}
+        found[name] = {**sweep, "seeds_at_best": again, "shift_in_grid_steps": shifts}
     return found
 
 
@@ -87,18 +84,10 @@ def told_of(options: argparse.Namespace) -> dict[str, Any]:
     return {"num_steps": options.steps, "told": tell, "kept": kept}
 
 
-def neighbours(lrs: Sequence[float], best: float) -> list[float]:
-    """A rate of the grid and those beside it."""
-    place = lrs.index(best)
-    return list(lrs[max(0, place - 1) : place + 2])
-
-
-def means(recipe: Recipe, width: int, lrs: Sequence[float], options: argparse.Namespace) -> dict[str, Any]:
-    """The mean loss over seeds of each rate at one width; None where a run diverged."""
-    run = partial(learning_rates, widths=[width], lrs=lrs, **told_of(options))
-    rows = [run(replace(recipe, seed=seed))["losses"][0] for seed in range(options.seeds)]
-    losses = [None if None in column else sum(column) / len(column) for column in zip(*rows)]
-    return {"width": width, "lrs": lrs, "mean_losses": losses}
+def seeds_at(recipe: Recipe, width: int, lr: float, options: argparse.Namespace) -> list[float | None]:
+    """The loss of each seed at one width and rate."""
+    run = partial(learning_rates, widths=[width], lrs=[lr], **told_of(options))
+    return [run(replace(recipe, seed=seed))["losses"][0][0] for seed in range(options.seeds)]
 
 
 def main() -> None:
