@@ -13,7 +13,6 @@ _BACKBONES = {
     "ddt_head": "DiT-DH (wide head)",
     "dit": "DiT, its own objective (loss: as velocities)",
 }
-_ALL = "--backbones ddt improved_dit sit ddt_head dit --records benchmarks/results/runs"
 
 
 def comparison() -> list[str]:
@@ -25,12 +24,12 @@ def comparison_fashion() -> list[str]:
 
 
 def backbones_fashion() -> list[str]:
-    return _compared("ddt_vs_dit_backbones_fashion", f"python benchmarks/ddt_vs_dit.py --data fashion {_ALL}")
+    return _compared("ddt_vs_dit_backbones_fashion", "python benchmarks/ddt_vs_dit.py --data fashion")
 
 
 def backbones_emoji() -> list[str]:
     command = "python benchmarks/ddt_vs_dit.py --data emoji --root data/emoji --seeds 1 --steps 2000"
-    return _compared("ddt_vs_dit_backbones_emoji", f"{command} {_ALL}")
+    return _compared("ddt_vs_dit_backbones_emoji", command)
 
 
 def _compared(name: str, command: str) -> list[str]:
@@ -38,6 +37,8 @@ def _compared(name: str, command: str) -> list[str]:
     result = result_of(name)
     settings, means, runs = result["settings"], result["means"], result["runs"]
     data, seeds = settings["data"]["kind"], settings["seeds"]
+    if len(runs) > 2:
+        command += f" --backbones {' '.join(runs)} --records benchmarks/results/runs"
     trained = {key: "" if key == "dit" else f"{mean['training_loss']:.4f}" for key, mean in means.items()}
     picture = f"ddt-vs-dit-{data}{'' if len(runs) == 2 else '-backbones'}.png"
     return [
