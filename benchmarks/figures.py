@@ -28,7 +28,6 @@ SECTIONS: dict[str, dict[Part, str]] = {
     },
     "Backbones and objectives": {
         training.comparison: "ddt_vs_dit",
-        training.comparison_fashion: "ddt_vs_dit_fashion",
         training.backbones_fashion: "ddt_vs_dit_backbones_fashion",
         training.backbones_emoji: "ddt_vs_dit_backbones_emoji",
         training.aligned_fashion: "representation_fashion",
@@ -64,7 +63,7 @@ HIGHLIGHTS = (
     quality.text,
     speed.speed_sampling,
     sharing.sharing_fashion,
-    training.comparison_fashion,
+    training.backbones_fashion,
 )
 """what the README shows"""
 

@@ -19,10 +19,6 @@ def comparison() -> list[str]:
     return _compared("ddt_vs_dit", "python benchmarks/ddt_vs_dit.py")
 
 
-def comparison_fashion() -> list[str]:
-    return _compared("ddt_vs_dit_fashion", "python benchmarks/ddt_vs_dit.py --data fashion")
-
-
 def backbones_fashion() -> list[str]:
     return _compared("ddt_vs_dit_backbones_fashion", "python benchmarks/ddt_vs_dit.py --data fashion")
 
