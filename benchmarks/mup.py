@@ -2,7 +2,7 @@
 
     python benchmarks/mup.py                              coordinate check of DDT and DiT on digits, widths 32-512
     python benchmarks/mup.py --data fashion               the same on Fashion-MNIST
-    python benchmarks/mup.py --transfer --data fashion --depth 4 --records benchmarks/results/runs
+    python benchmarks/mup.py --transfer --data fashion --depth 4 --records benchmarks/results/records
                                                           400 steps at widths 32-256, learning rates by factors of 2
 
 Claimed: under muP the slope of log size over log width is within 0.1 of zero at every layer before and after each of

@@ -8,7 +8,7 @@ Frechet distance of EfficientNet-Lite0 features of 1000 guided samples of 20 ste
 a ridge classifier on the mean token of the aligned block, without a label, at t = 0.1. REPA's target is a stage of the
 network that the distance is measured with, which may flatter it there. At last the time of a step, in turn, and what it
 allocates. With ``--work`` the runs are kept, and the same command continues them; with ``--records
-benchmarks/results/runs`` what the published table was made from is not run again.
+benchmarks/results/records`` what the published table was made from is not run again.
 """
 
 from __future__ import annotations

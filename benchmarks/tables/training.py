@@ -34,7 +34,7 @@ def _compared(name: str, command: str) -> list[str]:
     settings, means, runs = result["settings"], result["means"], result["runs"]
     data, seeds = settings["data"]["kind"], settings["seeds"]
     if len(runs) > 2:
-        command += f" --backbones {' '.join(runs)} --records benchmarks/results/runs"
+        command += f" --backbones {' '.join(runs)} --records benchmarks/results/records"
     trained = {key: "" if key == "dit" else f"{mean['training_loss']:.4f}" for key, mean in means.items()}
     picture = f"ddt-vs-dit-{data}{'' if len(runs) == 2 else '-backbones'}.png"
     return [
