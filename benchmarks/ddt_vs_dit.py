@@ -13,8 +13,8 @@ Compared is the held-out loss of the averaged weights on fixed (image, t, noise)
 steps, training FLOPs and seconds: the seconds are those of a step timed in turn after the runs, on a machine that does
 nothing else. Beside it the Frechet distance of EfficientNet-Lite0 features to the training data, of 1000 samples of 20
 steps (Euler's; DDIM's for ``dit``) at the end and, on digits, of 300 five times a run. With ``--work`` the runs are
-kept, and the same command continues them; with ``--records benchmarks/results/records`` what the published table was made
-from is not run again.
+kept, and the same command continues them; with ``--records benchmarks/results/records`` what the published table was
+made from is not run again.
 """
 
 from __future__ import annotations

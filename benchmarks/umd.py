@@ -8,8 +8,8 @@ authors do it: every patch visible, one sample in 20 clean and hidden. Fixed bef
 accuracy of a ridge classifier on the representation after the first stage, of clean pictures (for DiT, which has seen
 none, of noised ones at t = 0.05; of clean ones beside it); after the second the held-out error of the noise, and the
 Frechet distance of EfficientNet-Lite0 features of 1000 guided samples to the training data. With ``--work`` the runs
-are kept, and the same command continues them; with ``--records benchmarks/results/records`` what the published table was
-made from is not run again. The same classifier on the pixels is reported as well.
+are kept, and the same command continues them; with ``--records benchmarks/results/records`` what the published table
+was made from is not run again. The same classifier on the pixels is reported as well.
 """
 
 from __future__ import annotations
