@@ -203,6 +203,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
     ]
     found = runs["ddt"]
     panels = panels if found[0]["distances"] else panels[:3]
+    seeds = f", {len(found)} seeds" if len(found) > 1 else ""
     sheet, axes = figure(len(panels), size=(4.2 * len(panels), 4.0))
     for panel, (curve, over, value, along, label) in zip(axes, panels):
         for name, found in runs.items():
@@ -215,8 +216,10 @@ def draw(runs: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
             for line in lines:
                 panel.plot(places, line, color=color, alpha=0.3, linewidth=1)
             means = [statistics.mean(values) for values in zip(*lines)]
-            panel.plot(places, means, color=color, marker="o", markersize=4, label=f"{name}, {len(found)} seeds")
+            panel.plot(places, means, color=color, marker="o", markersize=4, label=f"{name}{seeds}")
         panel.set(xlabel=along, ylabel=label, yscale="log")
+        for formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            formatter("{x:g}")
         panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize=9)
     if len(panels) == 4:
