@@ -127,8 +127,14 @@ def masked() -> list[str]:
     ]
 
 
-_PARAMETRIZED = {"mup": "muP", "standard": "standard parametrization"}
-_WIDENED = {"ddt": "DDT", "dit": "DiT"}
+def _parametrized(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(what, its part of the result) of both models under both parametrizations"""
+    parametrizations = {"mup": "muP", "standard": "standard parametrization"}
+    return [
+        (f"{told}, {parametrizations[name]}", result[model][name])
+        for model, told in (("ddt", "DDT"), ("dit", "DiT"))
+        for name in parametrizations
+    ]
 
 
 def coordinates() -> list[str]:
@@ -139,11 +145,9 @@ def coordinates() -> list[str]:
         f"{result['steps']} steps | asked of muP | layers | largest | layer of the largest |",
         "|---|---|---|---|---|",
         *(
-            f"| {_WIDENED[model]}, {told} | {'within 0.1' if name == 'mup' else ''} | {len(check['slopes'])} | "
+            f"| {told} | {'within 0.1' if told.endswith('muP') else ''} | {len(check['slopes'])} | "
             f"{check['largest_slope']:+.2f} | `{_steepest(check['slopes'])}` |"
-            for model in _WIDENED
-            for name, told in _PARAMETRIZED.items()
-            for check in [result[model][name]]
+            for told, check in _parametrized(result)
         ),
         "",
         source(result, "python benchmarks/mup.py"),
@@ -162,11 +166,9 @@ def rates() -> list[str]:
         f"{' | '.join(f'width {width}' for width in result['widths'])} | largest shift, in factors of 2 |",
         "|---|" + "---|" * (len(result["widths"]) + 1),
         *(
-            f"| {_WIDENED[model]}, {told} | {' | '.join(f'{rate:.1e}' for rate in sweep['best'])} | "
+            f"| {told} | {' | '.join(f'{rate:.1e}' for rate in sweep['best'])} | "
             f"{max(map(abs, sweep['shift_in_grid_steps']))} |"
-            for model in _WIDENED
-            for name, told in _PARAMETRIZED.items()
-            for sweep in [result[model][name]]
+            for told, sweep in _parametrized(result)
         ),
         "",
         source(result, "python benchmarks/mup.py --transfer --data fashion --depth 4"),
