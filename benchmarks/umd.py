@@ -68,7 +68,8 @@ def recipe(name: str, options: argparse.Namespace, seed: int, *, tune: bool) -> 
     given["objective"] |= TUNED if tune else OBJECTIVES[name]
     steps = (options.tune_steps or chosen["tune_steps"]) if tune else (options.steps or chosen["steps"])
     every = max(1, steps // 4)
-    given["train"] |= {"num_steps": steps, "validate_every": every, "save_every": every}
+    fast = {"compile": True, "param_dtype": "bfloat16"}
+    given["train"] |= {"num_steps": steps, "validate_every": every, "save_every": every, "parallel": fast}
     given["schedule"] |= {"warmup_steps": steps // 20}
     given["sampling"] |= {"guidance_scale": GUIDANCE, "num_inference_steps": options.sampling_steps}
     if tune:
