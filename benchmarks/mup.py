@@ -36,7 +36,7 @@ from untwine.training.widths import (
 CLAIMED, HEAD_WIDTH = 0.1, 16
 tell = partial(print, flush=True)
 RECIPES = {"digits": "ddt-digits", "fashion": "ddt-fashion"}
-RATES = [2.0**-k for k in range(11, 4, -1)]
+RATES = [2.0**-k for k in range(9, 3, -1)]
 
 
 def recipe_of(model: str, options: argparse.Namespace) -> Recipe:
@@ -102,19 +102,23 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--depth", type=int, help="blocks; default: the recipe's")
     parser.add_argument("--records", type=Path, help="losses of the sweep's runs, read and kept here")
-    parser.add_argument("--out", type=Path, help="folder of the results; default: benchmarks/results")
+    parser.add_argument(
+        "--out", type=Path, help="folder of results and pictures; default: benchmarks/results, docs/images"
+    )
     options = parser.parse_args()
-    common.RESULTS = options.out or common.RESULTS
+    if options.out:
+        options.out.mkdir(exist_ok=True, parents=True)
+        common.RESULTS = options.out
     options.widths = options.widths or ([32, 64, 128, 256] if options.transfer else [32, 64, 128, 256, 512])
     options.steps = options.steps or (400 if options.transfer else 4)
     name = f"mup_{'transfer' if options.transfer else 'coordinates'}_{options.data}"
+    pictures = options.out or common.ROOT / "docs" / "images"
     results: dict[str, Any] = {}
     for model in options.models:
         recipe = recipe_of(model, options)
         results[model] = (transfer if options.transfer else check)(recipe, options)
-        common.RESULTS.mkdir(exist_ok=True, parents=True)
         draw = draw_learning_rates if options.transfer else draw_coordinates
-        draw(results[model], common.RESULTS / f"{name}_{model}.png")
+        draw(results[model], pictures / f"{name.replace('_', '-')}-{model}.png")
     if options.transfer:
         holds = {m: max(map(abs, found["mup"]["shift_in_grid_steps"])) <= 1 for m, found in results.items()}
     else:

@@ -140,8 +140,9 @@ def draw_coordinates(found: dict[str, dict[str, Any]], path: Path) -> None:
             last = [row[-1] for row in rows]
             panel.plot(check["widths"], last, marker="o", markersize=3, linewidth=1, label=layer)
         panel.set(xscale="log", yscale="log", xlabel="width", ylabel="mean |output| after the last step")
-        panel.set(title=f"{name}: largest slope {check['largest_slope']:+.2f}", xticks=check["widths"])
-        panel.set_xticklabels(check["widths"])
+        panel.set(title=f"{name}: largest slope {check['largest_slope']:+.2f}")
+        panel.set_xticks(check["widths"], check["widths"])
+        panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3)
     sheet.savefig(path, dpi=140)
 
