@@ -1,6 +1,6 @@
-"""Writes the tables of the README and of the page of results from ``benchmarks/results/*.json``.
+"""Writes the tables of the README, of the page of results and of others from ``benchmarks/results/*.json``.
 
-python benchmarks/figures.py            rewrites both
+python benchmarks/figures.py            rewrites all
 python benchmarks/figures.py --check    exits with 1 where one has drifted
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from tables import quality, reliability, sharing, speed, training
 from tables.results import RESULTS, ROOT
 
-README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
+README, DOCS = ROOT / "README.md", ROOT / "docs"
 BEGIN, END = "<!-- figures: python benchmarks/figures.py -->", "<!-- end of figures -->"
 Part = Callable[[], list[str]]
 
@@ -66,20 +66,24 @@ HIGHLIGHTS = (
     training.backbones_fashion,
 )
 """what the README shows"""
+PAGES: dict[str, tuple[Part, ...]] = {
+    "learn-faster.md": (training.aligned_fashion, training.aligned_emoji, training.coordinates, training.rates),
+    "masked-diffusion.md": (training.masked,),
+}
+"""what pages beside that of all results show"""
 
 
 def tables(parts: dict[Part, str]) -> str:
     return "\n\n".join("\n".join(part()) for part, name in parts.items() if (RESULTS / f"{name}.json").is_file())
 
 
-def highlights() -> str:
+def some(parts: tuple[Part, ...]) -> str:
     known = {part: name for parts in SECTIONS.values() for part, name in parts.items()}
-    return tables({part: known[part] for part in HIGHLIGHTS})
+    return tables({part: known[part] for part in parts})
 
 
 def everything() -> str:
-    text = "\n\n".join(f"## {heading}\n\n{tables(parts)}" for heading, parts in SECTIONS.items())
-    return text.replace("](docs/images/", "](images/")
+    return "\n\n".join(f"## {heading}\n\n{tables(parts)}" for heading, parts in SECTIONS.items())
 
 
 def render(page: Path, figures: str) -> str:
@@ -95,7 +99,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    fresh = {README: render(README, highlights()), PAGE: render(PAGE, everything())}
+    figures = {"results.md": everything()} | {name: some(parts) for name, parts in PAGES.items()}
+    fresh = {DOCS / name: render(DOCS / name, text.replace("](docs/", "](")) for name, text in figures.items()}
+    fresh[README] = render(README, some(HIGHLIGHTS))
     if options.check:
         sys.exit(any(page.read_text(encoding="utf-8") != text for page, text in fresh.items()))
     for page, text in fresh.items():

@@ -142,20 +142,27 @@ def coordinates() -> list[str]:
     result = result_of("mup_coordinates_digits")
     return [
         f"| log-log slope of activations over widths {result['widths'][0]}-{result['widths'][-1]}, digits, "
-        f"{result['steps']} steps | asked of muP | layers | largest | layer of the largest |",
-        "|---|---|---|---|---|",
+        f"{result['steps']} steps | layers beyond ±0.1 (asked of muP: none) | largest | layer of the largest |",
+        "|---|---|---|---|",
         *(
-            f"| {told} | {'within 0.1' if told.endswith('muP') else ''} | {len(check['slopes'])} | "
+            f"| {told} | {sum(_steep(row) > 0.1 for row in check['slopes'].values())} of {len(check['slopes'])} | "
             f"{check['largest_slope']:+.2f} | `{_steepest(check['slopes'])}` |"
             for told, check in _parametrized(result)
         ),
+        "",
+        "![sizes of every layer of DDT over the width](docs/images/mup-coordinates-digits-ddt.png)",
         "",
         source(result, "python benchmarks/mup.py"),
     ]
 
 
 def _steepest(slopes: dict[str, list[float | None]]) -> str:
-    return max(slopes, key=lambda layer: max(abs(slope or 0.0) for slope in slopes[layer]))
+    return max(slopes, key=lambda layer: _steep(slopes[layer]))
+
+
+def _steep(slopes: list[float | None]) -> float:
+    """The largest of the steps; a layer that still puts out zeros has no slope."""
+    return max(abs(slope or 0.0) for slope in slopes)
 
 
 def rates() -> list[str]:
@@ -170,6 +177,8 @@ def rates() -> list[str]:
             f"{max(map(abs, sweep['shift_in_grid_steps']))} |"
             for told, sweep in _parametrized(result)
         ),
+        "",
+        "![losses of DDT over the learning rate](docs/images/mup-transfer-fashion-ddt.png)",
         "",
         source(result, "python benchmarks/mup.py --transfer --data fashion --depth 4"),
     ]
