@@ -27,7 +27,7 @@ def test_a_recorded_run_is_not_run_again(kept: Any, tmp_path: Path):
 
 def test_a_record_of_other_settings_is_refused(kept: Any, tmp_path: Path):
     kept(tmp_path / "run.json", {"lr": 0.1}, lambda: {"loss": 1.5})
-    with pytest.raises(SystemExit, match="run.json is of a run of other settings"):
+    with pytest.raises(SystemExit, match=r"run\.json is of a run of other settings"):
         kept(tmp_path / "run.json", {"lr": 0.2}, lambda: {"loss": 1.0})
 
 
