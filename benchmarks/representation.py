@@ -42,20 +42,19 @@ from untwine.training.recipe import Recipe
 from untwine.training.trainer import Trainer
 
 RECIPES = {"fashion": "ddt-fashion", "emoji": "ddt-emoji", "digits": "ddt-digits"}
-SITE, TEACHER, PROBED_AT = "blocks.3", "blocks.5", 0.1
-TARGET = {"encoder": {"kind": "efflite0", "side": 128}, "sites": ["network._blocks.10"]}
-TERMS: dict[str, list[dict[str, Any]]] = {
-    "plain": [],
-    "repa": [{"kind": "alignment", "site": SITE, "features": TARGET, "projector_width": 256}],
-    "sra": [{"kind": "sra", "site": SITE, "teacher_site": TEACHER}],
-    "dispersive": [{"kind": "dispersive", "site": SITE}],
-}
+TERMS = ("plain", "repa", "sra", "dispersive")
+SITE, PROBED_AT = "blocks.3", 0.1
+
+
+def terms(name: str) -> list[dict[str, Any]]:
+    """The terms of a shipped recipe; they fit all data."""
+    return [] if name == "plain" else Recipe.load(f"ddt-fashion-{name}").to_dict()["objective"]["terms"]
 
 
 def recipe(name: str, options: argparse.Namespace, seed: int) -> Recipe:
     """The shipped recipe with the terms of ``name``."""
     given = Recipe.load(RECIPES[options.data]).to_dict()
-    given |= {"name": f"{name}-{seed}", "seed": seed, "objective": given["objective"] | {"terms": TERMS[name]}}
+    given |= {"name": f"{name}-{seed}", "seed": seed, "objective": given["objective"] | {"terms": terms(name)}}
     if options.root is not None:
         given["data"] = given["data"] | {"root": options.root}
     found = Recipe.from_dict(given)
@@ -155,7 +154,7 @@ def step_mib(step: Callable[[], None]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=RECIPES, default="fashion")
-    parser.add_argument("--terms", nargs="+", choices=TERMS, default=["plain", "repa", "sra"])
+    parser.add_argument("--terms", nargs="+", choices=TERMS, default=TERMS)
     parser.add_argument("--steps", type=int, help="default: the shipped recipe's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=1000)
@@ -176,7 +175,7 @@ def main() -> None:
         f"representation_{options.data}",
         {
             "recipe": RECIPES[options.data],
-            "terms": {name: TERMS[name] for name in options.terms},
+            "terms": {name: terms(name) for name in options.terms},
             "probed": {"site": SITE, "t": PROBED_AT, "samples": options.probe},
             "steps": options.steps,
             "samples": options.samples,
