@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from untwine.codecs.rae_features import FeatureMaps
 from untwine.contracts import Output
 from untwine.data.features import names_of
-from untwine.training.objectives.base import PathDraw, Term, parts_of, width_at
+from untwine.training.objectives.base import PathDraw, Term, parts_of, projector_of, width_at
 
 
 class Alignment(Term):
@@ -82,7 +82,7 @@ class Alignment(Term):
             self._project(width_at(model, self.sites[0]))
 
     def _project(self, width: int) -> None:
-        self.projectors.extend(_projector((width, *self.hidden, z)) for z in self.widths.values())
+        self.projectors.extend(projector_of((width, *self.hidden, z)) for z in self.widths.values())
 
     def forward(self, draw: PathDraw, output: Output, networks: Mapping[str, Any]) -> dict[str, Tensor]:
         missing = {*self.targets, *(["class_token"] if self.class_token else [])} - draw.features.keys()
@@ -121,14 +121,3 @@ def _on_grid(target: Tensor, grid: tuple[int, int], name: str) -> Tensor:
         )
     square = target.transpose(1, 2).unflatten(2, (side, side))
     return F.interpolate(square, grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
-
-
-def _projector(widths: tuple[int, ...]) -> nn.Sequential:
-    """Linear layers with SiLU between, Xavier-uniform with zero biases."""
-    layers: list[nn.Module] = []
-    for i in range(len(widths) - 1):
-        layer = nn.Linear(widths[i], widths[i + 1])
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
-        layers += [layer] if i == len(widths) - 2 else [layer, nn.SiLU()]
-    return nn.Sequential(*layers)

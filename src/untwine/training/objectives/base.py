@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -131,3 +132,14 @@ def width_at(model: nn.Module, site: str) -> int:
         return int(model.get_submodule(site.partition(":")[0]).hidden_size)  # type: ignore[arg-type]
     except AttributeError as error:
         raise ValueError(f"site: {type(model).__name__} has no block {site!r}; name one as blocks.i") from error
+
+
+def projector_of(widths: tuple[int, ...]) -> nn.Sequential:
+    """Linear layers with SiLU between, Xavier-uniform with zero biases."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layer = nn.Linear(before, after)
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        layers += [layer, nn.SiLU()]
+    return nn.Sequential(*layers[:-1])

@@ -30,7 +30,7 @@ from untwine.contracts import Batch, Loss, Output
 from untwine.diffusion.draws import Draws
 from untwine.diffusion.paths import LinearPath, Path
 from untwine.diffusion.timesteps import TimeDraw, UniformTime
-from untwine.training.objectives.base import PathDraw, Role, Term, width_at
+from untwine.training.objectives.base import PathDraw, Role, Term, projector_of, width_at
 from untwine.training.objectives.flow_matching import FlowMatching
 
 Distance = Literal["smooth_l1", "l1", "l2", "cosine", "cosine_over_tokens"]
@@ -73,14 +73,15 @@ class SelfAlignment(Term):
         self.sites, self.teacher_site, self.gap, self.ema = (site,), teacher_site, gap, ema
         self.scale, self.hold_steps, self.decay_steps = scale, hold_steps, decay_steps
         self.distance: Distance = distance
-        self.projector = nn.Identity() if width is None else _projector(width, width)
+        self.projector = nn.Identity() if width is None else projector_of((width, 2 * width, width))
 
     def networks(self) -> dict[str, Role]:
         return {"teacher": Role(trainable=False, source=f"ema:{self.ema}")}
 
     def bind(self, model: nn.Module) -> None:
         if isinstance(self.projector, nn.Identity):
-            self.projector = _projector(width_at(model, self.sites[0]), width_at(model, self.teacher_site))
+            width = width_at(model, self.sites[0])
+            self.projector = projector_of((width, 2 * width, width_at(model, self.teacher_site)))
 
     def scale_at(self, step: int) -> float:
         if self.decay_steps is None:
@@ -116,15 +117,6 @@ def distance(a: Tensor, b: Tensor, kind: Distance) -> Tensor:
     if kind == "smooth_l1":
         return F.smooth_l1_loss(a, b, beta=0.05, reduction="none")
     return (a - b).abs() if kind == "l1" else (a - b).square()
-
-
-def _projector(width: int, out: int) -> nn.Sequential:
-    """``Linear(D, 2 D), SiLU, Linear(2 D, out)``, Xavier-uniform with zero biases."""
-    found = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, out))
-    for layer in (found[0], found[2]):
-        nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]
-        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-    return found
 
 
 def _stream(name: str, group: int) -> str:
