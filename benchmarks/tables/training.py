@@ -170,11 +170,12 @@ def rates() -> list[str]:
     result = result_of("mup_transfer_fashion")
     return [
         f"| best learning rate after {result['steps']} steps, Fashion-MNIST, {result['depth']} blocks | "
-        f"{' | '.join(f'width {width}' for width in result['widths'])} | largest shift, in factors of 2 |",
-        "|---|" + "---|" * (len(result["widths"]) + 1),
+        f"{' | '.join(f'width {width}' for width in result['widths'])} | largest shift, in factors of 2 | "
+        f"loss of width {result['widths'][-1]} at the rate of width {result['widths'][0]}, and at its own |",
+        "|---|" + "---|" * (len(result["widths"]) + 2),
         *(
             f"| {told} | {' | '.join(f'{rate:.1e}' for rate in sweep['best'])} | "
-            f"{max(map(abs, sweep['shift_in_grid_steps']))} |"
+            f"{max(map(abs, sweep['shift_in_grid_steps']))} | {_transferred(sweep)} |"
             for told, sweep in _parametrized(result)
         ),
         "",
@@ -182,6 +183,13 @@ def rates() -> list[str]:
         "",
         source(result, "python benchmarks/mup.py --transfer --data fashion --depth 4"),
     ]
+
+
+def _transferred(sweep: dict[str, Any]) -> str:
+    """Losses of the widest model at the narrowest one's best rate and at its own."""
+    losses = dict(zip(sweep["lrs"], sweep["losses"][-1]))
+    pair = losses[sweep["best"][0]], losses[sweep["best"][-1]]
+    return ", ".join("diverged" if loss is None else f"{loss:.4f}" for loss in pair)
 
 
 def claims() -> list[str]:

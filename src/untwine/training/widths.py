@@ -148,12 +148,24 @@ def draw_coordinates(found: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def draw_learning_rates(found: dict[str, dict[str, Any]], path: Path) -> None:
-    """Losses over the learning rate, one panel a parametrization, a line a width."""
+    """Losses over the learning rate, one panel a parametrization, a line a width, its best rate as a ring.
+
+    Panels share their range, which leaves out losses far above the best of a width.
+    """
     sheet, axes = figure(len(found), size=(5.2 * len(found), 4.4))
+    rows = [[v for v in row if v is not None] for sweep in found.values() for row in sweep["losses"]]
+    best = [min(row) for row in rows if row] or [1.0]
     for panel, (name, sweep) in zip(axes, found.items()):
         for width, row in zip(sweep["widths"], sweep["losses"]):
-            panel.plot(sweep["lrs"], [math.nan if v is None else v for v in row], marker="o", markersize=4, label=width)
+            losses = np.array([math.nan if v is None else v for v in row])
+            (line,) = panel.plot(sweep["lrs"], losses, marker="o", markersize=4, label=width)
+            if not np.isnan(losses).all():
+                k = int(np.nanargmin(losses))
+                panel.plot(sweep["lrs"][k], losses[k], "o", markersize=10, fillstyle="none", color=line.get_color())
         panel.set(xscale="log", xlabel="learning rate", ylabel=f"loss after {sweep['num_steps']} steps", title=name)
+        panel.set_ylim(0.95 * min(best), 1.6 * max(best))
+        panel.set_xticks(sweep["lrs"], [f"{lr:.2g}" for lr in sweep["lrs"]], rotation=30)
+        panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3)
         panel.legend(title="width", fontsize=9)
     sheet.savefig(path, dpi=140)
