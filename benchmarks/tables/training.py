@@ -127,14 +127,23 @@ def masked() -> list[str]:
     ]
 
 
+_SWEPT = {"ddt": "DDT", "dit": "DiT"}
+
+
 def _parametrized(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(what, its part of the result) of both models under both parametrizations"""
     parametrizations = {"mup": "muP", "standard": "standard parametrization"}
     return [
         (f"{told}, {parametrizations[name]}", result[model][name])
-        for model, told in (("ddt", "DDT"), ("dit", "DiT"))
+        for model, told in _SWEPT.items()
         for name in parametrizations
     ]
+
+
+def _pictures(told: str, stem: str) -> list[str]:
+    """Both models' pictures, a paragraph each."""
+    paragraphs = (f"![{told.format(name)}](docs/images/{stem}-{model}.png)" for model, name in _SWEPT.items())
+    return [line for paragraph in paragraphs for line in (paragraph, "")]
 
 
 def coordinates() -> list[str]:
@@ -150,8 +159,7 @@ def coordinates() -> list[str]:
             for told, check in _parametrized(result)
         ),
         "",
-        "![sizes of every layer of DDT over the width](docs/images/mup-coordinates-digits-ddt.png)",
-        "",
+        *_pictures("sizes of every layer of {} over the width", "mup-coordinates-digits"),
         source(result, "python benchmarks/mup.py"),
     ]
 
@@ -179,8 +187,7 @@ def rates() -> list[str]:
             for told, sweep in _parametrized(result)
         ),
         "",
-        "![losses of DDT over the learning rate](docs/images/mup-transfer-fashion-ddt.png)",
-        "",
+        *_pictures("losses of {} over the learning rate", "mup-transfer-fashion"),
         source(result, "python benchmarks/mup.py --transfer --data fashion --depth 4"),
     ]
 
