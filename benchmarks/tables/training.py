@@ -61,10 +61,10 @@ def _step_gflops(run: dict[str, Any]) -> float:
     return last["gflops"] / last["step"]
 
 
-def _spread(runs: list[dict[str, Any]], key: str, form: str = ".4f") -> str:
+def _spread(runs: list[dict[str, Any]], key: str, form: str = ".4f", to: str = "-") -> str:
     values = [run[key] for run in runs]
     mean, low, high = (format(value, form) for value in (sum(values) / len(values), min(values), max(values)))
-    return f"{mean} ({low}-{high})" if len(values) > 1 else mean
+    return f"{mean} ({low}{to}{high})" if len(values) > 1 else mean
 
 
 def _last_distance(runs: list[dict[str, Any]]) -> str:
@@ -86,22 +86,35 @@ def aligned_emoji() -> list[str]:
 
 def _aligned(data: str) -> list[str]:
     result = result_of(f"representation_{data}")
-    seeds = len(result["runs"]["plain"])
+    seeds, root = len(result["runs"]["plain"]), " --root data/emoji" if data == "emoji" else ""
+    command = f"python benchmarks/representation.py --data {data}{root} --steps {result['steps']}"
     return [
         f"| `{result['recipe']}`, {result['steps'] or 'all'} steps, {seeds} seeds | held-out flow loss | FD-EffLite0 | "
         "linear probe of the aligned block | ms a step | MiB it allocates |",
         "|---|---|---|---|---|---|",
         *(_aligned_row(result, name) for name in result["step_ms"]),
         "",
-        source(result, f"python benchmarks/representation.py --data {data} --steps {result['steps']}"),
+        "Means over seeds, with the lowest and highest. Differences from the flow alone at equal seeds: "
+        f"{'; '.join(_beside_plain(result['runs'], name) for name in result['runs'] if name != 'plain')}. "
+        + source(result, f"{command} --terms {' '.join(result['runs'])} --records benchmarks/results/records"),
     ]
+
+
+_KEYS = {"validation_loss": ("loss", ".4f"), "fd": ("FD", ".1f"), "probe": ("probe", ".1%")}
+
+
+def _beside_plain(runs: dict[str, list[dict[str, Any]]], name: str) -> str:
+    """Every measure's differences; held-out samples differ between seeds, and are the same at one."""
+    pairs = list(zip(runs[name], runs["plain"]))
+    found = [{key: run[key] - plain[key] for key in _KEYS} for run, plain in pairs]
+    told = (f"{what} {_spread(found, key, '+' + form, ' to ')}" for key, (what, form) in _KEYS.items())
+    return f"{_TERMS[name]} {', '.join(told)}"
 
 
 def _aligned_row(result: dict[str, Any], name: str) -> str:
     """What a term was only timed for stays empty."""
     runs, took, plain = result["runs"].get(name), result["step_ms"][name], result["step_ms"]["plain"]
-    measured = ("validation_loss", ".4f"), ("fd", ".1f"), ("probe", ".1%")
-    found = [_spread(runs, key, form) if runs else "" for key, form in measured]
+    found = [_spread(runs, key, form) if runs else "" for key, (_, form) in _KEYS.items()]
     cost = f"{took['median']:.0f} ({took['median'] / plain['median']:.2f}x) | {result['step_mib'][name]:.0f}"
     return f"| {_TERMS[name]} | {' | '.join(found)} | {cost} |"
 
