@@ -87,7 +87,7 @@ def aligned_emoji() -> list[str]:
 def _aligned(data: str) -> list[str]:
     result = result_of(f"representation_{data}")
     seeds, root = len(result["runs"]["plain"]), " --root data/emoji" if data == "emoji" else ""
-    command = f"python benchmarks/representation.py --data {data}{root} --steps {result['steps']}"
+    command = f"python benchmarks/representation.py --data {data}{root} --steps {result['steps']} --seeds {seeds}"
     return [
         f"| `{result['recipe']}`, {result['steps'] or 'all'} steps, {seeds} seeds | held-out flow loss | FD-EffLite0 | "
         "linear probe of the aligned block | ms a step | MiB it allocates |",
