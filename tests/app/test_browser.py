@@ -50,8 +50,10 @@ class Visit:
 
     def choose(self, label: str, option: str) -> None:
         """Chooses from a list that is in sight."""
-        self.page.get_by_label(label, exact=True).locator("visible=true").first.click()
-        self.page.get_by_role("option", name=option, exact=True).locator("visible=true").click()
+        control = self.page.get_by_label(label, exact=True).locator("visible=true").first
+        control.click()
+        lists = self.page.locator(f"[id='{control.get_attribute('aria-controls')}']")  # another may still fade out
+        lists.get_by_role("option", name=option, exact=True).locator("visible=true").click()
 
     def text(self, selector: str) -> str:
         return self.page.locator(selector).inner_text()
