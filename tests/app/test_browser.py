@@ -218,6 +218,24 @@ _CONTRAST = """(selector) => {
   return Math.max(a, b) / Math.min(a, b); }"""
 
 
+def test_only_another_checkpoint_resets_the_settings(visit):
+    """Leaving the list by Tab is no choice; Enter is one."""
+    v = visit()
+    steps, checkpoint = (
+        v.page.locator(f"{kind}[aria-label*='{label}']:visible").first
+        for kind, label in (("input[type=number]", "Steps"), ("input", "Checkpoint"))
+    )
+    v.number("Steps", 3)
+    checkpoint.focus()
+    v.page.keyboard.press("Tab")
+    v.page.wait_for_timeout(1000)
+    assert steps.input_value() == "3"
+    checkpoint.fill("ddt-emoji-text")
+    v.page.keyboard.press("Enter")
+    v.page.get_by_label("Prompt").locator("visible=true").first.wait_for()
+    assert steps.input_value() != "3"
+
+
 def test_by_keyboard_alone(visit):
     v = visit()
     v.page.keyboard.press("Tab")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,6 +69,24 @@ def label_choices(classes: tuple[str, ...]) -> list[tuple[str, int]]:
     return [("all, in turn", IN_TURN), *((name, k) for k, name in enumerate(classes))]
 
 
+def follow_choice(
+    checkpoint: gr.Dropdown, followed: gr.State, follow: Callable[[Any], list[Any]], controls: list[Any]
+) -> None:
+    """``controls`` take what ``follow`` says of another checkpoint; Tab out of the list is an input of the same one."""
+
+    def changed(chosen: Any, before: Any) -> Any:
+        return gr.skip() if chosen == before else [*follow(chosen), chosen]
+
+    checkpoint.input(
+        changed,
+        [checkpoint, followed],
+        [*controls, followed],
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+
 class Settings:
     """The controls of a request, which follow the chosen checkpoint.
 
@@ -105,14 +123,9 @@ class Settings:
                 told_size = {"precision": 0, "minimum": 0, "maximum": limits.max_side, "info": "0: as in training"}
                 self.height = unchecked(gr.Number(0, label="Height", **told_size))
                 self.width = unchecked(gr.Number(0, label="Width", **told_size))
-        self.checkpoint.input(
-            self._follow,
-            self.checkpoint,
-            [self.label, self.prompt, self.negative, self.steps, self.guidance, self.low, self.high, self.solver],
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        self.followed = gr.State(FIRST)
+        follows = [self.label, self.prompt, self.negative, self.steps, self.guidance, self.low, self.high, self.solver]
+        follow_choice(self.checkpoint, self.followed, self._follow, follows)
 
     def _follow(self, checkpoint: Any) -> list[Any]:
         """Puts the settings of another checkpoint in place."""

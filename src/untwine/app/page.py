@@ -92,10 +92,14 @@ def _hand_over(create: CreateTab, watch: WatchTab, tabs: gr.Tabs) -> None:
         low, high = r.interval or (0, 1)
         height, width = r.size or (0, 0)
         rest = [r.steps, r.seed, r.solver, r.guidance, low, high, height, width]
-        return [r.entry.id, label, *texts, int(chosen), *rest, gr.Tabs(selected="watch")]
+        return [r.entry.id, label, *texts, int(chosen), *rest, r.entry.id, gr.Tabs(selected="watch")]
 
     create.watch.click(
-        settings, [create.made, create.chosen], [*watch.settings.all, tabs], queue=False, api_visibility="private"
+        settings,
+        [create.made, create.chosen],
+        [*watch.settings.all, watch.settings.followed, tabs],
+        queue=False,
+        api_visibility="private",
     ).success(
         watch.watch, watch.settings.all, watch.outputs, api_visibility="private", show_progress_on=watch.film, **COMPUTE
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from untwine.app.controls import COMPUTE, FIRST, checkpoint_choices, job, serving, told, unchecked
+from untwine.app.controls import COMPUTE, FIRST, checkpoint_choices, follow_choice, job, serving, told, unchecked
 from untwine.app.markup import facts, folded, note, status, table
 from untwine.app.measure import DEFAULT_PROTOCOL, HOW, Evaluated, evaluate, protocols, read_results, references
 from untwine.app.requests import MAX_SEED, Request
@@ -72,7 +72,7 @@ class MeasureTab:
         )
         evaluating.success(lambda: gr.update(visible=True), None, self.kept, **quick)
         self.stop.click(cancel, None, self.status, cancels=[evaluating], queue=False, api_visibility="private")
-        self.checkpoint.input(self.follow, self.checkpoint, [self.reference, self.steps], **quick)
+        follow_choice(self.checkpoint, gr.State(FIRST), self.follow, [self.reference, self.steps])
         tab.select(self.list, self.result, [self.protocol, self.result], **quick).then(
             self.read, self.result, self.tables, **quick
         )
