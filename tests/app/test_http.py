@@ -89,6 +89,7 @@ def test_thirty_attacks_read_nothing_outside_of_the_roots(server, ground, listen
     global watched
     port, outputs = listener.getsockname()[1], str(server.studio.outputs.folder)
     call(server.url, "create", create_data())  # whatever is loaded once is loaded
+    assert run_function(server, "changed", ["ddt-digits", None]).status_code == 200
     watched = []
     answers = []
     try:
@@ -97,7 +98,7 @@ def test_thirty_attacks_read_nothing_outside_of_the_roots(server, ground, listen
             assert kind == "error", attack
             file = {"path": attack, "url": attack, "meta": {"_type": "gradio.FileData"}}
             assert call(server.url, "create", create_data(file))[0] in ("error", "400", "422", "500")
-            for name, data in (("look", [attack, attack, 4]), ("read", [attack]), ("follow", [attack])):
+            for name, data in (("look", [attack, attack, 4]), ("read", [attack]), ("changed", [attack, None])):
                 answer = run_function(server, name, data)
                 assert answer.status_code == 500, (name, attack)
                 answers.append(answer.content)
