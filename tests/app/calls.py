@@ -44,9 +44,9 @@ def call(url: str, api_name: str, data: list[Any], *, session: str | None = None
     return kind, json.loads(events.rsplit("data: ", 1)[1].split("\n")[0])
 
 
-def run_function(server: Any, name: str, data: list[Any]) -> httpx.Response:
-    """A function of the page that is not queued, called by its number, as the page itself does."""
-    number = next(k for k, fn in server.page.fns.items() if fn.name == name)
+def run_function(server: Any, name: str, data: list[Any], nth: int = 0) -> httpx.Response:
+    """A function of the page that is not queued, the nth of its name, called by its number, as the page itself does."""
+    number = [k for k, fn in server.page.fns.items() if fn.name == name][nth]
     body = {"data": data, "fn_index": number, "session_hash": "somebody"}
     return HTTP.post(f"{server.url}gradio_api/run/predict", json=body)
 

@@ -89,7 +89,8 @@ def test_thirty_attacks_read_nothing_outside_of_the_roots(server, ground, listen
     global watched
     port, outputs = listener.getsockname()[1], str(server.studio.outputs.folder)
     call(server.url, "create", create_data())  # whatever is loaded once is loaded
-    assert run_function(server, "changed", ["ddt-digits", None]).status_code == 200
+    lists = range(4)  # of checkpoints: to create, watch, share and measure
+    assert all(run_function(server, "changed", ["ddt-digits", None], nth).status_code == 200 for nth in lists)
     watched = []
     answers = []
     try:
@@ -98,8 +99,13 @@ def test_thirty_attacks_read_nothing_outside_of_the_roots(server, ground, listen
             assert kind == "error", attack
             file = {"path": attack, "url": attack, "meta": {"_type": "gradio.FileData"}}
             assert call(server.url, "create", create_data(file))[0] in ("error", "400", "422", "500")
-            for name, data in (("look", [attack, attack, 4]), ("read", [attack]), ("changed", [attack, None])):
-                answer = run_function(server, name, data)
+            given = (
+                ("look", [attack, attack, 4]),
+                ("read", [attack]),
+                *(("changed", [attack, None], nth) for nth in lists),
+            )
+            for name, *rest in given:
+                answer = run_function(server, name, *rest)
                 assert answer.status_code == 500, (name, attack)
                 answers.append(answer.content)
             for target in (quote(attack), quote(f"{outputs}/{attack}"), attack.replace("\x00", "%00").replace(" ", "")):
